@@ -1,0 +1,196 @@
+"""Train the transformer and its text encoder on the latents of the packed pictures; stop and start at any time.
+
+    python -m assets.recipe.train --updates 8000 --out build/velocity
+    python -m assets.recipe.train --updates 1000 --prediction epsilon --out build/noise
+
+Muon for the blocks' matrices, AdamW for the rest, EMA, bf16 autocast, `torch.compile`. The rate is constant for half
+of the updates and then falls linearly to zero. A second call with the same `--out` continues where the first stopped.
+Runs on a GPU when there is one.
+"""
+
+import argparse
+import copy
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+from assets.recipe.autoencoder import latents_of, to_tensor
+from assets.recipe.data import Pack
+from assets.recipe.model import MAX_WORDS, build_scheduler, build_text_encoder, build_tokenizer, build_transformer
+from blockdance.demo import DemoPipeline
+
+SHEET_PROMPTS = ("red apple", "octopus", "grinning face", "house with garden", "pizza", "cat face", "rocket", "tulip")
+
+
+class Learner:
+    """Everything that training changes: the two networks, their optimizers, their averages, and the counters."""
+
+    def __init__(self, args: argparse.Namespace, captions: list[list[str]], device: torch.device) -> None:
+        self.tokenizer = build_tokenizer(captions)
+        self.text_encoder = build_text_encoder(len(self.tokenizer), args.width).to(device)
+        self.transformer = build_transformer(args.blocks, args.width).to(device)
+        self.nets = torch.nn.ModuleList([self.text_encoder, self.transformer])
+        matrices = [p for p in self.transformer.transformer_blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.nets.parameters() if id(p) not in chosen]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=args.muon_rate, weight_decay=0.01),
+            torch.optim.AdamW(rest, lr=args.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.peak_rates = [args.muon_rate, args.adamw_rate]
+        self.ema = EMAModel(self.nets.parameters(), decay=args.ema, use_ema_warmup=True, power=0.75)
+        self.updates, self.seconds = 0, 0.0
+
+    def update(self, loss: torch.Tensor, rate: float) -> None:
+        for optimizer, peak in zip(self.optimizers, self.peak_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.nets.parameters())
+        self.updates += 1
+
+    def save(self, folder: Path) -> None:
+        state = {
+            "nets": self.nets.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "updates": self.updates,
+            "seconds": self.seconds,
+        }
+        torch.save(state, folder / "state.tmp")
+        (folder / "state.tmp").replace(folder / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self.nets.load_state_dict(state["nets"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.updates, self.seconds = state["updates"], state["seconds"]
+
+
+def rate_at(fraction: float) -> float:
+    """Warm up for 1 %, stay for half of the run, then fall linearly to zero."""
+    return min(1.0, fraction / 0.01 + 0.05, 2 * (1 - fraction))
+
+
+def pick_caption(group: list[str], generator: random.Random) -> str:
+    """Mostly the full name, sometimes a short name or one word fewer, and one time in ten nothing (for guidance)."""
+    if generator.random() < 0.1:
+        return ""
+    caption = group[0] if generator.random() < 0.6 else generator.choice(group)
+    parts = caption.split()
+    if len(parts) > 2 and generator.random() < 0.15:
+        parts.pop(generator.randrange(len(parts)))
+    return " ".join(parts)
+
+
+def tokens_of(learner: Learner, captions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = learner.tokenizer(captions, padding="max_length", max_length=MAX_WORDS, truncation=True, return_tensors="pt")
+    ids = batch.input_ids
+    unknown = (torch.rand(ids.shape) < 0.02) & (ids > 2)
+    ids = ids.masked_fill(unknown, learner.tokenizer.unk_token_id)
+    return ids.to(device), batch.attention_mask.to(device)
+
+
+def diffusion_loss(learner: Learner, scheduler, latents, ids, mask) -> torch.Tensor:
+    """Mean squared error of the predicted noise or velocity at uniformly drawn timesteps."""
+    noise = torch.randn_like(latents)
+    timestep = torch.randint(1000, (len(latents),), device=latents.device)
+    noisy = scheduler.add_noise(latents, noise, timestep)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timestep) if velocity else noise
+    with torch.autocast(latents.device.type, torch.bfloat16):
+        text = learner.text_encoder(ids, attention_mask=mask)[0]
+        predicted = learner.transformer(
+            noisy, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=timestep, return_dict=False
+        )[0]
+    return F.mse_loss(predicted.float(), target)
+
+
+def averaged_pipeline(learner: Learner, scheduler, vae: AutoencoderKL) -> DemoPipeline:
+    """A pipeline with the averaged weights, on the CPU; the learner is left as it is."""
+    learner.ema.store(learner.nets.parameters())
+    learner.ema.copy_to(learner.nets.parameters())
+    text_encoder = copy.deepcopy(learner.text_encoder).cpu().eval()
+    transformer = build_transformer(learner.transformer.config.num_layers, learner.text_encoder.config.d_model)
+    transformer.load_state_dict(learner.transformer.state_dict())
+    learner.ema.restore(learner.nets.parameters())
+    parts = {"transformer": transformer.eval(), "text_encoder": text_encoder, "vae": copy.deepcopy(vae).cpu()}
+    return DemoPipeline(**parts, tokenizer=learner.tokenizer, scheduler=copy.deepcopy(scheduler))
+
+
+def checkpoint(learner: Learner, scheduler, vae: AutoencoderKL, folder: Path) -> None:
+    """Write the resumable state, the pipeline with averaged weights, and a small sample sheet."""
+    learner.save(folder)
+    pipe = averaged_pipeline(learner, scheduler, vae)
+    pipe.save_pretrained(folder / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(list(SHEET_PROMPTS), num_inference_steps=30, generator=torch.Generator().manual_seed(0)).images
+    pipe.contact_sheet(pictures, columns=4).save(folder / f"sheet-{learner.updates:06d}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("build/pictures.npz"))
+    parser.add_argument("--vae", type=Path, default=Path("build/vae"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--updates", type=int, required=True, help="in all, earlier calls included")
+    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
+    parser.add_argument("--blocks", type=int, default=14)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--muon-rate", type=float, default=0.02)
+    parser.add_argument("--adamw-rate", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--checkpoint-minutes", type=float, default=8)
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    pack = Pack.load(args.data)
+    vae = AutoencoderKL.from_pretrained(args.vae).eval()
+    latents = latents_of(vae.to(device), to_tensor(pack.pictures).to(device))
+    learner = Learner(args, pack.captions, device)
+    if (args.out / "state.pt").exists():
+        learner.load(args.out)
+        torch.manual_seed(learner.updates)
+    scheduler = build_scheduler(args.prediction)
+    if not args.no_compile:
+        learner.transformer.compile()
+
+    generator, bar = random.Random(learner.updates), tqdm(total=args.updates, initial=learner.updates, unit="updates")
+    last_checkpoint, recent = time.monotonic(), 0.0
+    while learner.updates < args.updates:
+        start = time.monotonic()
+        chosen = torch.randint(len(latents), (args.batch,))
+        ids, mask = tokens_of(learner, [pick_caption(pack.captions[i], generator) for i in chosen.tolist()], device)
+        loss = diffusion_loss(learner, scheduler, latents[chosen.to(device)], ids, mask)
+        learner.update(loss, rate_at(learner.updates / args.updates))
+        recent = 0.98 * recent + 0.02 * loss.item() if recent else loss.item()
+        learner.seconds += time.monotonic() - start
+        bar.update()
+        bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
+        due = time.monotonic() - last_checkpoint > 60 * args.checkpoint_minutes
+        if due or learner.updates == args.updates:
+            checkpoint(learner, scheduler, vae, args.out)
+            facts = {"updates": learner.updates, "images_seen": learner.updates * args.batch, "loss": round(recent, 4)}
+            with (args.out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(facts | {"seconds": round(learner.seconds)}) + "\n")
+            last_checkpoint = time.monotonic()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The model in the box: a small text-to-image PixArt, loaded from `assets/`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import PixArtAlphaPipeline
+from PIL import Image
+
+MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "model"
+MAX_WORDS = 16
+
+
+class DemoPipeline(PixArtAlphaPipeline):
+    """diffusers' `PixArtAlphaPipeline` with call defaults that suit a 64x64 picture and a vocabulary of words.
+
+    `__call__` takes what the parent takes. Only these defaults differ: 30 steps, guidance 4, at most 16 words, and no
+    rounding of the size to the aspect ratios of the 1024x1024 model.
+    """
+
+    @torch.no_grad()
+    def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Any:
+        defaults = {
+            "num_inference_steps": 30,
+            "guidance_scale": 4.0,
+            "max_sequence_length": MAX_WORDS,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
+        return super().__call__(prompt, **(defaults | arguments))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of `prompt` that the model never saw, in order; it draws as if they were not there."""
+        words = self.tokenizer.tokenize(prompt.lower())
+        typed = [word for word, _ in self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(prompt.lower())]
+        return [word for word, token in zip(typed, words, strict=True) if token == self.tokenizer.unk_token]
+
+    @staticmethod
+    def contact_sheet(pictures: Sequence[Image.Image], columns: int = 8) -> Image.Image:
+        """The pictures row by row on one sheet."""
+        width, height = pictures[0].size
+        rows = -(-len(pictures) // columns)
+        sheet = Image.new("RGB", (columns * width, rows * height), "white")
+        for index, picture in enumerate(pictures):
+            sheet.paste(picture, (index % columns * width, index // columns * height))
+        return sheet
+
+
+def load_demo_pipeline(folder: Path | str = MODEL_FOLDER) -> DemoPipeline:
+    """Load the model in the box from disk (no network) in float32 on the CPU.
+
+    Raises:
+        ModelError: the folder holds no pipeline.
+    """
+    return DemoPipeline.from_pretrained(folder, local_files_only=True)
