@@ -1,0 +1,35 @@
+"""BlockDance (CVPR 2025): reuse the repeating features of diffusion transformers between denoising steps.
+
+with accelerate(pipe, ReuseConfig(reuse_interval=2)) as trace:
+    image = pipe("red apple").images[0]
+"""
+
+from blockdance.accelerate import accelerate
+from blockdance.demo import load_demo_pipeline
+from blockdance.errors import BlockDanceError, ConfigError, ScheduleError, SessionError, UnsupportedModelError
+from blockdance.observe import Observation, observe
+from blockdance.replay import Recording, record
+from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
+from blockdance.trace import StepRecord, Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockDanceError",
+    "ConfigError",
+    "Observation",
+    "Recording",
+    "ReuseConfig",
+    "Schedule",
+    "ScheduleError",
+    "SessionError",
+    "StepKind",
+    "StepRecord",
+    "Trace",
+    "UnsupportedModelError",
+    "accelerate",
+    "fixed_schedule",
+    "load_demo_pipeline",
+    "observe",
+    "record",
+]

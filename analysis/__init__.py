@@ -1,0 +1,1 @@
+"""Where and when features repeat, how far pictures differ, and what it costs."""

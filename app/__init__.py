@@ -1,0 +1,1 @@
+"""The page: handlers, figures and layout. No tensor maths here."""

@@ -1,0 +1,129 @@
+"""BlockDance itself: store the output of block i on cache steps, start from it on reuse steps (Sec. 3.2)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from blockdance.errors import ScheduleError, SessionError
+from blockdance.replay import Recording
+from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
+from blockdance.session import ModelCall, Part, Session, is_dense_by_gradient, joined
+from blockdance.trace import Trace, Tracer
+
+OnStep = Callable[[int, int], None]
+"""Called with (finished step, number of steps) after each step; raising from it cancels the run."""
+
+
+class Reuser(Part):
+    """Executes a schedule; holds one tensor per guidance branch."""
+
+    changes_the_run = True
+
+    def __init__(self, plan: ReuseConfig | Schedule, trace: Trace, replay: Recording | None) -> None:
+        self.plan = plan
+        self.trace = trace
+        self.replay = replay
+        self.stored: dict[int, Tensor] = {}
+        self.schedule = Schedule.dense(1)
+
+    def begin_run(self, session: Session) -> None:
+        self.stored.clear()
+        self.schedule = schedule_for(self.plan, session.num_steps, session.num_blocks)
+        self.trace.schedule = self.schedule
+        self.trace.note = self.plan.why_dense(session.num_steps) if isinstance(self.plan, ReuseConfig) else None
+
+    def begin_call(self, call: ModelCall) -> Any:
+        if is_dense_by_gradient():
+            self.stored.clear()
+            return None
+        call.kind = self.schedule[call.step]
+        if self.replay is not None and call.step < self.schedule.shared_prefix:
+            output = self.replay.output_for(call)
+            call.replayed_seconds = self.replay.trace.steps[call.step].seconds
+            call.blocks_evaluated = self.trace.num_blocks
+            return output
+        return None
+
+    def before_block(self, call: ModelCall, index: int, hidden: Tensor) -> Tensor | None:
+        if call.kind is not StepKind.REUSE or index > self.schedule.cutoff_block:
+            return None
+        stored = self.stored.get(call.branch)
+        if stored is None or not _fits(stored, hidden):
+            call.kind = StepKind.CACHE
+            return None
+        return stored.clone() if index == self.schedule.cutoff_block else hidden
+
+    def after_block(self, call: ModelCall, index: int, output: Tensor) -> None:
+        if call.kind is StepKind.CACHE and index == self.schedule.cutoff_block:
+            self.stored[call.branch] = output.clone()
+            held = sum(tensor.nbytes for tensor in self.stored.values())
+            self.trace.cache_bytes = max(self.trace.cache_bytes, held)
+
+
+class StepTeller(Part):
+    """Tells a caller about every finished step."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.on_step = on_step
+        self.num_steps = 0
+
+    def begin_run(self, session: Session) -> None:
+        self.num_steps = session.num_steps
+
+    def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
+        self.on_step(step, self.num_steps)
+
+
+@contextmanager
+def accelerate(
+    pipe: Any, config: ReuseConfig | Schedule, *, replay: Recording | None = None, on_step: OnStep | None = None
+) -> Iterator[Trace]:
+    """Run the unmodified pipeline inside with BlockDance; leaving restores it exactly, whatever happened inside.
+
+    Args:
+        pipe: a diffusers pipeline with a supported transformer; call it inside as usual, any number of times.
+        config: a `ReuseConfig`, or a `Schedule` of as many steps as the run will have.
+        replay: a baseline from `record`, made with the same call; its outputs stand in for the steps before the
+            first reuse, and the result has the same bits as a full run.
+        on_step: called with (finished step, number of steps); raise from it to cancel.
+
+    Yields:
+        The trace of the last run.
+
+    Raises:
+        UnsupportedModelError: no adapter for the transformer, or no scheduler to count steps by.
+        ScheduleError: the cutoff does not fit the depth, or the schedule not the number of steps.
+        SessionError: the pipeline is accelerated already, or the recording belongs to another model or call.
+    """
+    trace = Trace(num_blocks=0)
+    reuser = Reuser(config, trace, replay)
+    with joined(pipe, reuser) as session, joined(pipe, Tracer(trace)):
+        if replay is not None and replay.transformer() is not session.transformer:
+            raise SessionError("the recording was made with another transformer; record the baseline with this pipeline")
+        trace.num_blocks = session.num_blocks
+        schedule_for(config, len(config) if isinstance(config, Schedule) else 1, session.num_blocks)
+        if on_step is None:
+            yield trace
+        else:
+            with joined(pipe, StepTeller(on_step)):
+                yield trace
+
+
+def schedule_for(plan: ReuseConfig | Schedule, num_steps: int, num_blocks: int) -> Schedule:
+    """The schedule that `plan` means for a run.
+
+    Raises:
+        ScheduleError: the cutoff does not fit the depth, or a given schedule has another number of steps.
+    """
+    if isinstance(plan, ReuseConfig):
+        return fixed_schedule(plan, num_steps, num_blocks)
+    plan.check_depth(num_blocks)
+    if len(plan) != num_steps:
+        raise ScheduleError(f"the schedule has {len(plan)} steps, the run has {num_steps}")
+    return plan
+
+
+def _fits(stored: Tensor, hidden: Tensor) -> bool:
+    return stored.shape == hidden.shape and stored.dtype == hidden.dtype and stored.device == hidden.device

@@ -1,0 +1,107 @@
+"""Record a baseline once, and play its model outputs back wherever the inputs are the same, bit for bit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+from blockdance.errors import SessionError
+from blockdance.schedule import Schedule
+from blockdance.session import ModelCall, Part, Session, joined
+from blockdance.trace import Trace, Tracer
+
+Key = tuple[int, int, int]
+
+
+@dataclass
+class Recording:
+    """A baseline run: for every call of the transformer what went in and what came out, and the trace."""
+
+    trace: Trace
+    transformer: ReferenceType[nn.Module]
+    inputs: dict[Key, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[Key, Any] = field(default_factory=dict)
+
+    def output_for(self, call: ModelCall) -> Any:
+        """The recorded output of this call, as fresh tensors.
+
+        Raises:
+            SessionError: the call was not recorded, or was recorded with other inputs.
+        """
+        key = _key(call)
+        finished = call.step < len(self.trace.steps) and key in self.outputs
+        same = finished and _equal(self.inputs[key], _tensors(call))
+        if not same:
+            raise SessionError(
+                f"step {call.step} cannot be replayed: the recording was made with another prompt, seed, "
+                "scheduler, number of steps or guidance"
+            )
+        return _copied(self.outputs[key])
+
+
+class Recorder(Part):
+    """Fills a recording while a baseline runs."""
+
+    needs_the_baseline = True
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+
+    def begin_run(self, session: Session) -> None:
+        self.recording.trace.schedule = Schedule.dense(session.num_steps)
+        self.recording.inputs.clear()
+        self.recording.outputs.clear()
+
+    def begin_call(self, call: ModelCall) -> None:
+        first, *rest = _tensors(call)
+        self.recording.inputs[_key(call)] = [first.clone(), *rest]
+
+    def end_call(self, call: ModelCall, output: Any) -> None:
+        self.recording.outputs[_key(call)] = _copied(output)
+
+
+@contextmanager
+def record(pipe: Any) -> Iterator[Recording]:
+    """Run the plain pipeline inside and keep its model outputs for `accelerate(..., replay=recording)`.
+
+    Yields:
+        The recording; its `trace` is the baseline's.
+
+    Raises:
+        SessionError: inside `accelerate`, whose outputs are not the baseline's.
+        UnsupportedModelError: the pipeline's transformer or scheduler is not supported.
+    """
+    trace = Trace(num_blocks=0)
+    recorder = Recorder(Recording(trace, ref(nn.Identity())))
+    with joined(pipe, recorder) as session, joined(pipe, Tracer(trace)):
+        trace.num_blocks = session.num_blocks
+        recorder.recording.transformer = ref(session.transformer)
+        yield recorder.recording
+
+
+def _key(call: ModelCall) -> Key:
+    return call.step, call.stage, call.branch
+
+
+def _tensors(call: ModelCall) -> list[Tensor]:
+    """The tensors among a call's arguments, the hidden states first."""
+    named = dict(sorted(call.kwargs.items(), key=lambda item: item[0] != "hidden_states"))
+    return [value for value in (*call.args, *named.values()) if isinstance(value, Tensor)]
+
+
+def _equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _copied(output: Any) -> Any:
+    """The transformer's output (a tuple or a diffusers output class around one tensor) with its tensor cloned."""
+    if isinstance(output, tuple):
+        return tuple(value.clone() for value in output)
+    return type(output)(sample=output.sample.clone())

@@ -1,0 +1,124 @@
+"""What really ran: kind, block evaluations and seconds of every step."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from blockdance.schedule import Schedule, StepKind
+from blockdance.session import ModelCall, Part, Session
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step."""
+
+    kind: StepKind
+    """What the step did, which is what the schedule said unless a stored tensor did not fit."""
+    blocks_evaluated: int
+    """Blocks that ran, over all calls of the step (a replayed step counts what ran when it was recorded)."""
+    blocks_total: int
+    """Blocks the plain pipeline runs in this step: the depth times the calls."""
+    seconds: float
+    """Wall time of the whole step, scheduler included; of the recorded run for a replayed step."""
+    replayed: bool
+
+
+@dataclass
+class Trace:
+    """The record of the last run inside `accelerate` or `record`; complete when the run is."""
+
+    num_blocks: int
+    schedule: Schedule | None = None
+    """What was planned; None before a run has begun."""
+    note: str | None = None
+    """Why the run reuses nothing, as a sentence, if it was asked to and cannot."""
+    cache_bytes: int = 0
+    """Bytes held by stored block outputs at most: one tensor per guidance branch."""
+    steps: list[StepRecord] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the sampling loop."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def block_evaluations(self) -> int:
+        """Blocks run in total."""
+        return sum(step.blocks_evaluated for step in self.steps)
+
+    @property
+    def baseline_block_evaluations(self) -> int:
+        """Blocks the plain pipeline runs for the same steps."""
+        return sum(step.blocks_total for step in self.steps)
+
+    @property
+    def kinds(self) -> str:
+        """What ran, written like a schedule: `ffffcrcrf`."""
+        return "".join(step.kind.value for step in self.steps)
+
+    @property
+    def speedup_ideal(self) -> float:
+        """Block evaluations of the plain pipeline over ours; 1.0 before anything ran."""
+        return self.baseline_block_evaluations / self.block_evaluations if self.steps else 1.0
+
+    def speedup_over(self, baseline: "Trace") -> float:
+        """Measured: the baseline's seconds over ours."""
+        return baseline.seconds / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {
+            "schedule": str(self.schedule) if self.schedule else None,
+            "cutoff_block": self.schedule.cutoff_block if self.schedule else None,
+            "num_blocks": self.num_blocks,
+            "note": self.note,
+            "seconds": self.seconds,
+            "block_evaluations": self.block_evaluations,
+            "baseline_block_evaluations": self.baseline_block_evaluations,
+            "speedup_ideal": self.speedup_ideal,
+            "cache_bytes": self.cache_bytes,
+            "steps": [asdict(step) | {"kind": step.kind.value} for step in self.steps],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
+
+
+class Tracer(Part):
+    """Fills a trace while a run goes on."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._last = 0.0
+
+    def begin_run(self, session: Session) -> None:
+        self.trace.steps.clear()
+        self.trace.cache_bytes = 0
+        self._last = _now(session.transformer)
+        self._transformer = session.transformer
+
+    def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
+        now = _now(self._transformer)
+        kinds = {call.kind for call in calls}
+        replayed = [call.replayed_seconds for call in calls if call.replayed_seconds is not None]
+        self.trace.steps.append(
+            StepRecord(
+                kind=kinds.pop() if len(kinds) == 1 else StepKind.CACHE,
+                blocks_evaluated=sum(call.blocks_evaluated for call in calls),
+                blocks_total=self.trace.num_blocks * len(calls),
+                seconds=replayed[0] if replayed else now - self._last,
+                replayed=bool(replayed),
+            )
+        )
+        self._last = now
+
+
+def _now(module: torch.nn.Module) -> float:
+    """Seconds; waits for the device first, so that a step's seconds are its own."""
+    if next(module.parameters()).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
