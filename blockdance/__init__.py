@@ -9,15 +9,17 @@ from blockdance.demo import load_demo_pipeline
 from blockdance.errors import BlockDanceError, ConfigError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.observe import Observation, observe
 from blockdance.replay import Recording, record
-from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
-from blockdance.trace import StepRecord, Trace
+from blockdance.schedule import MIN_STEPS, ReuseConfig, Schedule, StepKind, fixed_schedule
+from blockdance.trace import OnStep, StepRecord, Trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MIN_STEPS",
     "BlockDanceError",
     "ConfigError",
     "Observation",
+    "OnStep",
     "Recording",
     "ReuseConfig",
     "Schedule",

@@ -1,6 +1,6 @@
 """BlockDance itself: store the output of block i on cache steps, start from it on reuse steps (Sec. 3.2)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,11 +9,8 @@ from torch import Tensor
 from blockdance.errors import ScheduleError, SessionError
 from blockdance.replay import Recording
 from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
-from blockdance.session import ModelCall, Part, Session, is_dense_by_gradient, joined
-from blockdance.trace import Trace, Tracer
-
-OnStep = Callable[[int, int], None]
-"""Called with (finished step, number of steps) after each step; raising from it cancels the run."""
+from blockdance.session import ModelCall, Part, Session, is_dense_by_gradient
+from blockdance.trace import OnStep, Trace, traced
 
 
 class Reuser(Part):
@@ -62,20 +59,6 @@ class Reuser(Part):
             self.trace.cache_bytes = max(self.trace.cache_bytes, held)
 
 
-class StepTeller(Part):
-    """Tells a caller about every finished step."""
-
-    def __init__(self, on_step: OnStep) -> None:
-        self.on_step = on_step
-        self.num_steps = 0
-
-    def begin_run(self, session: Session) -> None:
-        self.num_steps = session.num_steps
-
-    def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
-        self.on_step(step, self.num_steps)
-
-
 @contextmanager
 def accelerate(
     pipe: Any, config: ReuseConfig | Schedule, *, replay: Recording | None = None, on_step: OnStep | None = None
@@ -99,16 +82,11 @@ def accelerate(
     """
     trace = Trace(num_blocks=0)
     reuser = Reuser(config, trace, replay)
-    with joined(pipe, reuser) as session, joined(pipe, Tracer(trace)):
+    with traced(pipe, reuser, trace, on_step) as session:
         if replay is not None and replay.transformer() is not session.transformer:
             raise SessionError("the recording was made with another transformer; record the baseline with this pipeline")
-        trace.num_blocks = session.num_blocks
         schedule_for(config, len(config) if isinstance(config, Schedule) else 1, session.num_blocks)
-        if on_step is None:
-            yield trace
-        else:
-            with joined(pipe, StepTeller(on_step)):
-                yield trace
+        yield trace
 
 
 def schedule_for(plan: ReuseConfig | Schedule, num_steps: int, num_blocks: int) -> Schedule:

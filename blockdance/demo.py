@@ -8,6 +8,8 @@ import torch
 from diffusers import PixArtAlphaPipeline
 from PIL import Image
 
+from blockdance.errors import UnsupportedModelError
+
 MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "model"
 MAX_WORDS = 16
 
@@ -51,6 +53,13 @@ def load_demo_pipeline(folder: Path | str = MODEL_FOLDER) -> DemoPipeline:
     """Load the model in the box from disk (no network) in float32 on the CPU.
 
     Raises:
-        ModelError: the folder holds no pipeline.
+        UnsupportedModelError: the folder holds no pipeline.
     """
-    return DemoPipeline.from_pretrained(folder, local_files_only=True)
+    folder = Path(folder)
+    if not (folder / "model_index.json").exists():
+        raise UnsupportedModelError(
+            f"no pipeline in {folder}: model_index.json is missing; see assets/README.md for the recipe"
+        )
+    pipe = DemoPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

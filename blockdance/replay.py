@@ -9,10 +9,11 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from blockdance.adapters import transformer_of
 from blockdance.errors import SessionError
 from blockdance.schedule import Schedule
-from blockdance.session import ModelCall, Part, Session, joined
-from blockdance.trace import Trace, Tracer
+from blockdance.session import ModelCall, Part, Session
+from blockdance.trace import OnStep, Trace, traced
 
 Key = tuple[int, int, int]
 
@@ -65,8 +66,12 @@ class Recorder(Part):
 
 
 @contextmanager
-def record(pipe: Any) -> Iterator[Recording]:
+def record(pipe: Any, *, on_step: OnStep | None = None) -> Iterator[Recording]:
     """Run the plain pipeline inside and keep its model outputs for `accelerate(..., replay=recording)`.
+
+    Args:
+        pipe: a diffusers pipeline with a supported transformer.
+        on_step: called with (finished step, number of steps); raise from it to cancel.
 
     Yields:
         The recording; its `trace` is the baseline's.
@@ -75,12 +80,9 @@ def record(pipe: Any) -> Iterator[Recording]:
         SessionError: inside `accelerate`, whose outputs are not the baseline's.
         UnsupportedModelError: the pipeline's transformer or scheduler is not supported.
     """
-    trace = Trace(num_blocks=0)
-    recorder = Recorder(Recording(trace, ref(nn.Identity())))
-    with joined(pipe, recorder) as session, joined(pipe, Tracer(trace)):
-        trace.num_blocks = session.num_blocks
-        recorder.recording.transformer = ref(session.transformer)
-        yield recorder.recording
+    recording = Recording(Trace(num_blocks=0), ref(transformer_of(pipe)))
+    with traced(pipe, Recorder(recording), recording.trace, on_step):
+        yield recording
 
 
 def _key(call: ModelCall) -> Key:

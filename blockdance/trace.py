@@ -2,13 +2,18 @@
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from blockdance.schedule import Schedule, StepKind
-from blockdance.session import ModelCall, Part, Session
+from blockdance.session import ModelCall, Part, Session, joined
+
+OnStep = Callable[[int, int], None]
+"""Called with (finished step, number of steps) after each step; raising from it cancels the run."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class StepRecord:
     seconds: float
     """Wall time of the whole step, scheduler included; of the recorded run for a replayed step."""
     replayed: bool
+    spent_seconds: float
+    """Wall time actually spent now; less than `seconds` for a replayed step."""
 
 
 @dataclass
@@ -41,8 +48,13 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the sampling loop."""
+        """Wall time of the sampling loop; replayed steps count with the seconds they took when recorded."""
         return sum(step.seconds for step in self.steps)
+
+    @property
+    def spent_seconds(self) -> float:
+        """Wall time actually spent in the sampling loop."""
+        return sum(step.spent_seconds for step in self.steps)
 
     @property
     def block_evaluations(self) -> int:
@@ -112,9 +124,36 @@ class Tracer(Part):
                 blocks_total=self.trace.num_blocks * len(calls),
                 seconds=replayed[0] if replayed else now - self._last,
                 replayed=bool(replayed),
+                spent_seconds=now - self._last,
             )
         )
         self._last = now
+
+
+class StepTeller(Part):
+    """Tells a caller about every finished step."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.on_step = on_step
+        self.num_steps = 0
+
+    def begin_run(self, session: Session) -> None:
+        self.num_steps = session.num_steps
+
+    def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
+        self.on_step(step, self.num_steps)
+
+
+@contextmanager
+def traced(pipe: Any, part: Part, trace: Trace, on_step: OnStep | None) -> Iterator[Session]:
+    """Let `part` take part in the pipeline's session, fill `trace`, and tell `on_step` about every step."""
+    with ExitStack() as stack:
+        session = stack.enter_context(joined(pipe, part))
+        trace.num_blocks = session.num_blocks
+        stack.enter_context(joined(pipe, Tracer(trace)))
+        if on_step is not None:
+            stack.enter_context(joined(pipe, StepTeller(on_step)))
+        yield session
 
 
 def _now(module: torch.nn.Module) -> float:

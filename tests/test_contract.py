@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_reuse_step_runs_exactly_the_blocks_after_the_cutoff(case: Case, cutof
     assert [step.blocks_evaluated for step in trace.steps] == [BLOCKS] * 3 + [len(tail)] * 2 + [BLOCKS]
     assert trace.block_evaluations == len(ran)
     assert trace.baseline_block_evaluations == 6 * BLOCKS
-    assert trace.speedup_ideal == trace.schedule.ideal_speedup(BLOCKS)
+    assert trace.schedule is not None and trace.speedup_ideal == trace.schedule.ideal_speedup(BLOCKS)
 
 
 @pytest.mark.parametrize("cutoff", range(BLOCKS - 1))
@@ -285,7 +286,7 @@ def test_a_deepcopy_made_inside_is_independent_and_unpatched(case: Case) -> None
     assert all(type(block) is type(twin.transformer_blocks[0]) for block in pipe.transformer.transformer_blocks)
 
 
-def test_saving_inside_writes_the_original_classes(case: Case, tmp_path) -> None:
+def test_saving_inside_writes_the_original_classes(case: Case, tmp_path: Path) -> None:
     pipe = case.build()
     with accelerate(pipe, REUSING):
         pipe.transformer.save_pretrained(tmp_path)

@@ -1,5 +1,7 @@
 """A schedule is data: tables that can be read, and errors that name the value."""
 
+from collections.abc import Callable
+
 import pytest
 
 from blockdance import ConfigError, ReuseConfig, Schedule, ScheduleError, StepKind, fixed_schedule
@@ -83,7 +85,7 @@ def test_the_shared_prefix_ends_before_the_cache_step_of_the_first_reuse(text: s
         (lambda: ReuseConfig(window_start=0.6, window_end=0.5), "0.6 > 0.5"),
     ],
 )
-def test_a_setting_outside_its_range_is_named(make, words: str) -> None:
+def test_a_setting_outside_its_range_is_named(make: Callable[[], object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make()
 
@@ -100,6 +102,6 @@ def test_a_setting_outside_its_range_is_named(make, words: str) -> None:
         (lambda: fixed_schedule(ReuseConfig(2), 0, 6), "num_steps must be at least 1, got 0"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(make, words: str) -> None:
+def test_a_schedule_that_cannot_be_is_refused(make: Callable[[], object], words: str) -> None:
     with pytest.raises(ScheduleError, match=words):
         make()

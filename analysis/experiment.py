@@ -1,0 +1,193 @@
+"""One comparison: the baseline and BlockDance from the same noise, and every figure that comes of it."""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+
+from analysis.metrics import PerceptualDistance, Picture, psnr, ssim
+from blockdance import (
+    MIN_STEPS,
+    BlockDanceError,
+    Observation,
+    OnStep,
+    Recording,
+    ReuseConfig,
+    Schedule,
+    Trace,
+    accelerate,
+    fixed_schedule,
+    observe,
+    record,
+)
+
+SAMPLERS: dict[str, Any] = {
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+    "Heun": HeunDiscreteScheduler,
+}
+"""The samplers a request can name, each driven by the model's own noise schedule."""
+MAX_STEPS = 100
+MAX_SEED = 2**32 - 1
+
+
+class RequestError(BlockDanceError):
+    """A request has a value outside its range."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a baseline picture depends on.
+
+    Raises:
+        RequestError: a value outside its range.
+    """
+
+    prompt: str
+    seed: int = 0
+    """In [0, 2**32 - 1]."""
+    steps: int = 30
+    """Sampling steps, in [1, 100]."""
+    guidance: float = 4.0
+    """Classifier-free guidance scale in [1, 20]; 1 samples without guidance."""
+    sampler: str = "DDIM"
+    """A key of SAMPLERS."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise RequestError("prompt must not be empty")
+        check_range("seed", self.seed, 0, MAX_SEED)
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_range("guidance", self.guidance, 1, 20)
+        if self.sampler not in SAMPLERS:
+            raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The plain run of a request."""
+
+    request: Request
+    picture: Picture
+    recording: Recording
+    outside_seconds: float
+    """Seconds of the call outside the sampling loop: text encoder and decoder."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole call."""
+        return self.recording.trace.seconds + self.outside_seconds
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The run of a request with a schedule."""
+
+    schedule: Schedule
+    picture: Picture
+    trace: Trace
+    outside_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole call; replayed steps count with the seconds they took when recorded."""
+        return self.trace.seconds + self.outside_seconds
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise RequestError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def with_sampler(pipe: Any, sampler: str) -> Any:
+    """The same networks in a pipeline with a scheduler of its own, so that nothing of a run is shared."""
+    scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    view = copy.copy(pipe)
+    view._internal_dict = dict(pipe._internal_dict)
+    view.register_modules(scheduler=scheduler)
+    view.set_progress_bar_config(disable=True)
+    return view
+
+
+def sample(pipe: Any, request: Request) -> Picture:
+    """One picture of a text-to-image pipeline with the request's sampler already in place."""
+    pictures = pipe(
+        request.prompt,
+        num_inference_steps=request.steps,
+        guidance_scale=float(request.guidance),
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+    ).images
+    return (pictures[0] * 255).round().astype(np.uint8)
+
+
+def warm_up(pipe: Any) -> None:
+    """A few untimed steps, so that the first timed run does not pay for set-up that happens once."""
+    sample(with_sampler(pipe, "DDIM"), Request("red apple", steps=MIN_STEPS))
+
+
+def run_baseline(pipe: Any, request: Request, on_step: OnStep | None = None) -> Baseline:
+    """Sample without reuse and record what the model put out."""
+    view = with_sampler(pipe, request.sampler)
+    with record(view, on_step=on_step) as recording:
+        start = time.perf_counter()
+        picture = sample(view, request)
+        seconds = time.perf_counter() - start
+    return Baseline(request, picture, recording, seconds - recording.trace.spent_seconds)
+
+
+def run_observed(pipe: Any, request: Request, on_step: OnStep | None = None) -> Observation:
+    """Sample without reuse once more, to see where features repeat; kept apart from the timed run."""
+    view = with_sampler(pipe, request.sampler)
+    with observe(view) as observation, accelerate(view, ReuseConfig(1), on_step=on_step):
+        sample(view, request)
+    return observation
+
+
+def run_variant(
+    pipe: Any, request: Request, schedule: Schedule, replay: Recording | None = None, on_step: OnStep | None = None
+) -> Variant:
+    """Sample with a schedule; with a baseline's recording the steps it shares with the baseline are replayed."""
+    view = with_sampler(pipe, request.sampler)
+    with accelerate(view, schedule, replay=replay, on_step=on_step) as trace:
+        start = time.perf_counter()
+        picture = sample(view, request)
+        seconds = time.perf_counter() - start
+    return Variant(schedule, picture, trace, seconds - trace.spent_seconds)
+
+
+def plan(config: ReuseConfig, request: Request, num_blocks: int) -> Schedule:
+    """The fixed schedule of a request."""
+    return fixed_schedule(config, request.steps, num_blocks)
+
+
+def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) -> dict[str, Any]:
+    """Every figure of a comparison, as plain JSON values; the distances are to the baseline's picture."""
+    ratio = psnr(baseline.picture, variant.picture)
+    return {
+        "prompt": baseline.request.prompt,
+        "seed": baseline.request.seed,
+        "steps": baseline.request.steps,
+        "guidance": baseline.request.guidance,
+        "sampler": baseline.request.sampler,
+        "schedule": str(variant.schedule),
+        "num_blocks": variant.trace.num_blocks,
+        "cutoff_block": variant.schedule.cutoff_block,
+        "baseline_seconds": baseline.seconds,
+        "seconds": variant.seconds,
+        "speedup_measured": baseline.seconds / variant.seconds,
+        "speedup_ideal": variant.trace.speedup_ideal,
+        "block_evaluations": variant.trace.block_evaluations,
+        "baseline_block_evaluations": variant.trace.baseline_block_evaluations,
+        "lpips": distance(baseline.picture, variant.picture),
+        "lpips_name": distance.name,
+        "ssim": ssim(baseline.picture, variant.picture),
+        "psnr": ratio if np.isfinite(ratio) else None,
+        "cache_bytes": variant.trace.cache_bytes,
+        "replayed_steps": sum(step.replayed for step in variant.trace.steps),
+    }
