@@ -86,7 +86,7 @@ def guidance_rows(
     return dict(zip(names, halves, strict=True))
 
 
-def _half_null_labels(transformer: nn.Module, kwargs: dict[str, Any]) -> bool:
+def _half_null_labels(transformer: Any, kwargs: dict[str, Any]) -> bool:
     labels = kwargs.get("class_labels")
     if labels is None or len(labels) % 2:
         return False

@@ -28,7 +28,8 @@ class _Swapped:
     """Mixed into every swapped class; copies and pickles come out as the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, arguments, *rest = reduced
         return object.__new__, (original_class(type(self)), *arguments[1:]), *rest
 
 

@@ -12,6 +12,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -36,7 +37,7 @@ def build() -> AutoencoderKL:
     )
 
 
-def to_tensor(pictures) -> torch.Tensor:
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     """uint8 (n, 64, 64, 3) -> float (n, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -48,7 +49,7 @@ def jitter(batch: torch.Tensor) -> torch.Tensor:
     return torch.stack([picture[:, r : r + 64, c : c + 64] for picture, r, c in zip(padded, rows, columns, strict=True)])
 
 
-def perceptual(device: torch.device):
+def perceptual(device: torch.device) -> torch.nn.Module:
     import lpips
 
     return lpips.LPIPS(net="squeeze", verbose=False).to(device).eval().requires_grad_(False)

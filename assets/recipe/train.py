@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
@@ -103,7 +103,9 @@ def tokens_of(learner: Learner, captions: list[str], device: torch.device) -> tu
     return ids.to(device), batch.attention_mask.to(device)
 
 
-def diffusion_loss(learner: Learner, scheduler, latents, ids, mask) -> torch.Tensor:
+def diffusion_loss(
+    learner: Learner, scheduler: DDIMScheduler, latents: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     """Mean squared error of the predicted noise or velocity at uniformly drawn timesteps."""
     noise = torch.randn_like(latents)
     timestep = torch.randint(1000, (len(latents),), device=latents.device)
@@ -118,7 +120,7 @@ def diffusion_loss(learner: Learner, scheduler, latents, ids, mask) -> torch.Ten
     return F.mse_loss(predicted.float(), target)
 
 
-def averaged_pipeline(learner: Learner, scheduler, vae: AutoencoderKL) -> DemoPipeline:
+def averaged_pipeline(learner: Learner, scheduler: DDIMScheduler, vae: AutoencoderKL) -> DemoPipeline:
     """A pipeline with the averaged weights, on the CPU; the learner is left as it is."""
     learner.ema.store(learner.nets.parameters())
     learner.ema.copy_to(learner.nets.parameters())
@@ -130,7 +132,7 @@ def averaged_pipeline(learner: Learner, scheduler, vae: AutoencoderKL) -> DemoPi
     return DemoPipeline(**parts, tokenizer=learner.tokenizer, scheduler=copy.deepcopy(scheduler))
 
 
-def checkpoint(learner: Learner, scheduler, vae: AutoencoderKL, folder: Path) -> None:
+def checkpoint(learner: Learner, scheduler: DDIMScheduler, vae: AutoencoderKL, folder: Path) -> None:
     """Write the resumable state, the pipeline with averaged weights, and a small sample sheet."""
     learner.save(folder)
     pipe = averaged_pipeline(learner, scheduler, vae)
