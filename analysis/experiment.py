@@ -2,7 +2,7 @@
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,11 +58,11 @@ class Request:
     """A key of SAMPLERS."""
 
     def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise RequestError("prompt must not be empty")
-        check_range("seed", self.seed, 0, MAX_SEED)
-        check_range("steps", self.steps, 1, MAX_STEPS)
-        check_range("guidance", self.guidance, 1, 20)
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise RequestError(f"prompt must be a text that is not empty, got {self.prompt!r}")
+        check_range("seed", self.seed, 0, MAX_SEED, int)
+        check_range("steps", self.steps, 1, MAX_STEPS, int)
+        check_range("guidance", self.guidance, 1, 20, (int, float))
         if self.sampler not in SAMPLERS:
             raise RequestError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
 
@@ -98,10 +98,12 @@ class Variant:
         return self.trace.seconds + self.outside_seconds
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise RequestError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise RequestError(f"{name} must be in [{low}, {high}], got {value}")
+def check_range(name: str, value: Any, low: float, high: float, kinds: type | tuple[type, ...]) -> None:
+    """Raise RequestError unless `value` is of one of the kinds of number and low <= value <= high."""
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        number = "an integer" if kinds is int else "a number"
+        raise RequestError(f"{name} must be {number} in [{low}, {high}], got {value!r}")
 
 
 def with_sampler(pipe: Any, sampler: str) -> Any:
@@ -191,3 +193,15 @@ def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) 
         "cache_bytes": variant.trace.cache_bytes,
         "replayed_steps": sum(step.replayed for step in variant.trace.steps),
     }
+
+
+def fewer_steps(request: Request, speedup: float) -> Request:
+    """The control beside every comparison: the same request with the number of steps that costs what the schedule costs."""
+    return replace(request, steps=max(1, round(request.steps / speedup)))
+
+
+def control_figures(baseline: Baseline, control: Baseline, distance: PerceptualDistance) -> dict[str, Any]:
+    """The figures of a plain run with fewer steps against the baseline; its ideal speedup is the ratio of the steps."""
+    steps = control.request.steps
+    as_variant = Variant(Schedule.dense(steps), control.picture, control.recording.trace, control.outside_seconds)
+    return figures(baseline, as_variant, distance) | {"steps": steps, "speedup_ideal": baseline.request.steps / steps}

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ def lpips_squeeze(backbone: Path) -> PerceptualDistance:
     """The `lpips` package (Zhang et al. 2018) with SqueezeNet. The weights are read without unpickling code."""
     import lpips
 
-    model = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips builds its network with arguments that torchvision calls old
+        model = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False).eval()
     weights = torch.load(backbone, map_location="cpu", weights_only=True)
     for part in (part for name, part in model.net.named_children() if name.startswith("slice")):
         for name, layer in part.named_children():

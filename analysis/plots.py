@@ -11,6 +11,7 @@ from blockdance import Schedule, StepKind, StepRecord
 SCALES = ("cosine", "log(1 - cos)")
 KIND_NAMES = {StepKind.FULL: "full", StepKind.CACHE: "cache", StepKind.REUSE: "reuse"}
 KIND_COLOURS = {StepKind.FULL: "#9aa5b1", StepKind.CACHE: "#2f6fde", StepKind.REUSE: "#f28c28"}
+HATCH = "rgba(20, 20, 20, 0.75)"
 FLOOR = 1e-6
 """1 - cos below this is rounding of float32."""
 
@@ -61,7 +62,7 @@ def blocks_figure(steps: Sequence[StepRecord]) -> go.Figure:
         )
     figure.update_layout(
         xaxis={"title": "step", "range": [-0.5, len(steps) - 0.5], "showgrid": False, "zeroline": False},
-        yaxis={"title": "blocks run", "rangemode": "tozero", "gridcolor": "rgba(128,128,128,0.25)"},
+        yaxis={"title": "blocks evaluated", "rangemode": "tozero", "gridcolor": "rgba(128,128,128,0.25)"},
         margin={"l": 50, "r": 10, "t": 30, "b": 45},
         height=220,
         bargap=0.15,
@@ -106,7 +107,7 @@ def _draw_schedule(figure: go.Figure, schedule: Schedule, num_blocks: int) -> No
         x=[step for step, _ in cells],
         y=[block for _, block in cells],
         mode="markers",
-        marker={"symbol": "line-ne-open", "size": 9, "line": {"width": 2, "color": "rgba(255,255,255,0.85)"}},
+        marker={"symbol": "line-ne-open", "size": 9, "color": HATCH, "line": {"width": 1.5, "color": HATCH}},
         hoverinfo="skip",
     )
     edge = {"color": KIND_COLOURS[StepKind.REUSE], "width": 2}
@@ -115,7 +116,8 @@ def _draw_schedule(figure: go.Figure, schedule: Schedule, num_blocks: int) -> No
         line=edge,
         annotation_text=f"cutoff {schedule.cutoff_block} of {num_blocks} blocks",
         annotation_position="top left",
-        annotation_font_color=edge["color"],
+        annotation_font_color="white",
+        annotation_bgcolor=edge["color"],
     )
     for side in (min(cached) - 0.5, max(reuse + cached) + 0.5):
         figure.add_vline(x=side, line=edge | {"dash": "dot"})

@@ -1,4 +1,4 @@
-"""Runs comparisons for many visitors on one model: one at a time, cancellable, and remembered."""
+"""Runs comparisons for many visitors on one model: one run at a time, cancellable within a step, and remembered."""
 
 import queue
 import threading
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from analysis.experiment import (
     Baseline,
     Request,
-    Variant,
+    control_figures,
+    fewer_steps,
     figures,
     plan,
     run_baseline,
@@ -21,8 +22,8 @@ from analysis.experiment import (
     run_variant,
     warm_up,
 )
-from analysis.metrics import PerceptualDistance
-from blockdance import OnStep, ReuseConfig, Schedule
+from analysis.metrics import PerceptualDistance, Picture
+from blockdance import OnStep, ReuseConfig, Schedule, Trace
 
 T = TypeVar("T")
 
@@ -32,21 +33,32 @@ class CancelledError(Exception):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A picture with its figures against the baseline (`analysis.experiment.figures`) and the trace of its run."""
+
+    picture: Picture
+    figures: dict[str, Any]
+    trace: Trace
+
+
+@dataclass(frozen=True)
 class View:
-    """What is known of a comparison so far; later views of one run know more."""
+    """What is known of a comparison so far; later views of the same comparison know more."""
 
     request: Request
     schedule: Schedule
-    status: str = ""
     note: str | None = None
-    baseline: Baseline | None = None
-    variant: Variant | None = None
-    figures: dict[str, Any] | None = None
-    fewer: dict[str, Any] | None = None
-    """The same figures for the plain sampler with fewer steps, at about the same cost."""
-    fewer_picture: NDArray[np.uint8] | None = None
+    """Why nothing is reused, if so."""
+    phase: str = "waiting for the model"
+    progress: float = 0.0
+    """Fraction of the phase, in [0, 1]; 1 in the last view of all, whose phase is `done`."""
+    baseline: Picture | None = None
+    variant: Drawn | None = None
+    """With BlockDance."""
     cosine: NDArray[np.floating] | None = None
     """Similarity map of the baseline's conditional branch, (num_blocks, num_steps)."""
+    control: Drawn | None = None
+    """The plain sampler with fewer steps at about the same cost."""
 
 
 class Memory:
@@ -57,145 +69,135 @@ class Memory:
         self._items: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable) -> Any:
-        """The remembered result, or None."""
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def recall(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The remembered result, or a new one; then the one unused for longest is forgotten if there are too many."""
         with self._lock:
             if key in self._items:
                 self._items.move_to_end(key)
-            return self._items.get(key)
-
-    def put(self, key: Hashable, value: Any) -> None:
-        """Remember a result and forget the one unused for longest."""
+                return self._items[key]
+        made = make()
         with self._lock:
-            self._items[key] = value
-            self._items.move_to_end(key)
+            self._items[key] = made
             while len(self._items) > self.capacity:
                 self._items.popitem(last=False)
+        return made
 
-    def recall(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The remembered result, or a new one."""
-        known = self.get(key)
-        if known is None:
-            known = make()
-            self.put(key, known)
-        return known
+
+class Job:
+    """One comparison on its way: what is known of it, who is told, and whether it shall stop."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.cancelled = threading.Event()
+        self.updates: queue.Queue[View | BaseException | None] = queue.Queue()
+
+    def learn(self, **facts: Any) -> None:
+        """Add facts to the view and tell."""
+        self.view = replace(self.view, **facts)
+        self.updates.put(self.view)
+
+    def check(self) -> None:
+        """Raise CancelledError if the job shall stop."""
+        if self.cancelled.is_set():
+            raise CancelledError
+
+    def on_step(self, phase: str) -> OnStep:
+        """A callback that tells about every step of a run and cancels it when the job shall stop."""
+
+        def tell(step: int, num_steps: int) -> None:
+            self.check()
+            self.learn(phase=phase, progress=(step + 1) / num_steps)
+
+        return tell
+
+    def news(self) -> Iterator[View]:
+        """The newest view whenever there is one, until the job ends; raises what the job raised."""
+        while True:
+            batch = [self.updates.get()]
+            while not self.updates.empty():
+                batch.append(self.updates.get())
+            views = [update for update in batch if isinstance(update, View)]
+            if views:
+                yield views[-1]
+            if isinstance(batch[-1], BaseException):
+                raise batch[-1]
+            if batch[-1] is None:
+                return
 
 
 class Engine:
-    """The model, its lock and what it has computed so far."""
+    """The model and what it has computed so far.
 
-    def __init__(self, pipe: Any, distance: PerceptualDistance) -> None:
+    Args:
+        pipe: the pipeline; only copies with a scheduler of their own are run.
+        distance: the perceptual distance of the figures.
+        capacity: how many requests are remembered; of each a few megabytes.
+    """
+
+    def __init__(self, pipe: Any, distance: PerceptualDistance, capacity: int = 64) -> None:
         self.pipe = pipe
         self.distance = distance
         self.num_blocks = len(pipe.transformer.transformer_blocks)
         self._model = threading.Lock()
-        self._baselines, self._maps, self._variants = Memory(64), Memory(64), Memory(512)
+        self._baselines, self._maps, self._variants = Memory(capacity), Memory(capacity), Memory(8 * capacity)
         warm_up(pipe)
 
-    def schedule(self, request: Request, config: ReuseConfig) -> Schedule:
-        """What a setting means for a request; raises BlockDanceError for one that cannot be."""
-        return plan(config, request, self.num_blocks)
-
     def views(self, request: Request, config: ReuseConfig) -> Iterator[View]:
-        """Compute a comparison on a worker thread and yield what is known after every step.
+        """Compute a comparison on a worker thread and yield what is known so far, whenever more is.
 
         Closing the iterator cancels the run within one step.
+
+        Raises:
+            BlockDanceError: the config does not fit the model; before anything runs.
         """
-        updates: queue.Queue[View | BaseException | None] = queue.Queue()
-        cancelled = threading.Event()
-
-        def work() -> None:
-            try:
-                self._compare(request, config, updates.put, cancelled)
-                updates.put(None)
-            except CancelledError:
-                updates.put(None)
-            except BaseException as error:
-                updates.put(error)
-
-        schedule = self.schedule(request, config)
-        worker = threading.Thread(target=work, daemon=True)
+        job = Job(View(request, plan(config, request, self.num_blocks), config.why_dense(request.steps)))
+        worker = threading.Thread(target=self._work, args=(job,), daemon=True)
         worker.start()
         try:
-            yield View(request, schedule, "waiting for the model")
-            while (update := updates.get()) is not None:
-                if isinstance(update, BaseException):
-                    raise update
-                yield update
+            yield from job.news()
         finally:
-            cancelled.set()
+            job.cancelled.set()
             worker.join()
 
-    def compare(self, request: Request, config: ReuseConfig) -> View:
-        """Compute a comparison without its map, here and now."""
-        last = View(request, self.schedule(request, config))
+    def _work(self, job: Job) -> None:
+        """Compare, and tell the one who waits how it ended."""
+        try:
+            self._compare(job)
+            job.updates.put(None)
+        except CancelledError:
+            job.updates.put(None)
+        except BaseException as error:
+            job.updates.put(error)
 
-        def keep(view: View) -> None:
-            nonlocal last
-            last = view
+    def _compare(self, job: Job) -> None:
+        """Pictures first, then the map, then the control with fewer steps."""
+        request, schedule = job.view.request, job.view.schedule
+        baseline = self._baseline(job, request, "plain sampler")
+        variant = self._variants.recall((request, schedule), lambda: self._variant(job, baseline, schedule))
+        job.learn(baseline=baseline.picture, variant=variant)
+        job.learn(cosine=self._maps.recall(request, lambda: self._map(job, request)))
+        plain = self._baseline(job, fewer_steps(request, variant.trace.speedup_ideal), "fewer steps")
+        control = Drawn(plain.picture, control_figures(baseline, plain, self.distance), plain.recording.trace)
+        job.learn(control=control, phase="done", progress=1.0)
 
-        self._compare(request, config, keep, threading.Event(), with_map=False)
-        return last
+    def _baseline(self, job: Job, request: Request, phase: str) -> Baseline:
+        def run() -> Baseline:
+            with self._model:
+                job.check()
+                return run_baseline(self.pipe, request, job.on_step(phase))
 
-    def _compare(
-        self,
-        request: Request,
-        config: ReuseConfig,
-        tell: Callable[[View], None],
-        cancelled: threading.Event,
-        with_map: bool = True,
-    ) -> None:
-        """The pictures first, then the control with fewer steps, then the map."""
-        view = View(request, self.schedule(request, config), note=config.why_dense(request.steps))
+        return self._baselines.recall(request, run)
 
-        def telling(what: str) -> OnStep:
-            def on_step(step: int, num_steps: int) -> None:
-                if cancelled.is_set():
-                    raise CancelledError
-                tell(replace(view, status=f"{what}: step {step + 1} of {num_steps}"))
+    def _variant(self, job: Job, baseline: Baseline, schedule: Schedule) -> Drawn:
+        with self._model:
+            job.check()
+            variant = run_variant(self.pipe, baseline.request, schedule, baseline.recording, job.on_step("BlockDance"))
+            return Drawn(variant.picture, figures(baseline, variant, self.distance), variant.trace)
 
-            return on_step
-
-        def with_model(run: Callable[[], T]) -> Callable[[], T]:
-            def locked() -> T:
-                with self._model:
-                    if cancelled.is_set():
-                        raise CancelledError
-                    return run()
-
-            return locked
-
-        baseline = self._baselines.recall(
-            request, with_model(lambda: run_baseline(self.pipe, request, telling("plain sampler")))
-        )
-        view = replace(view, baseline=baseline, cosine=self._maps.get(request))
-        tell(view)
-        variant, found = self._variants.recall(
-            (request, view.schedule), with_model(lambda: self._variant(baseline, view.schedule, telling("BlockDance")))
-        )
-        view = replace(view, variant=variant, figures=found)
-        tell(view)
-        fewer_picture, fewer = self._fewer(baseline, found["speedup_ideal"], with_model, telling("fewer steps"))
-        view = replace(view, fewer=fewer, fewer_picture=fewer_picture)
-        tell(view)
-        if with_map:
-            observed = with_model(lambda: run_observed(self.pipe, request, telling("similarity map")))
-            cosine = self._maps.recall(request, lambda: observed().cosine()[:, :, 0].numpy())
-            tell(replace(view, cosine=cosine))
-
-    def _variant(self, baseline: Baseline, schedule: Schedule, on_step: OnStep) -> tuple[Variant, dict[str, Any]]:
-        variant = run_variant(self.pipe, baseline.request, schedule, baseline.recording, on_step)
-        return variant, figures(baseline, variant, self.distance)
-
-    def _fewer(
-        self, baseline: Baseline, speedup: float, with_model: Callable[..., Callable[[], Any]], on_step: OnStep
-    ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """The plain sampler with the number of steps that costs what the schedule costs."""
-        request = replace(baseline.request, steps=max(1, round(baseline.request.steps / speedup)))
-        plain = self._baselines.recall(request, with_model(lambda: run_baseline(self.pipe, request, on_step)))
-        same_as_variant = Variant(
-            Schedule.dense(request.steps), plain.picture, plain.recording.trace, plain.outside_seconds
-        )
-        found = figures(baseline, same_as_variant, self.distance)
-        ideal = baseline.request.steps / request.steps
-        return plain.picture, found | {"steps": request.steps, "speedup_ideal": ideal}
+    def _map(self, job: Job, request: Request) -> NDArray[np.floating]:
+        with self._model:
+            job.check()
+            return run_observed(self.pipe, request, job.on_step("similarity map")).cosine()[:, :, 0].numpy()

@@ -1,0 +1,149 @@
+"""The page's layout and wiring."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from analysis.experiment import SAMPLERS
+from analysis.metrics import perceptual_distance
+from analysis.plots import SCALES
+from app.engine import Engine
+from app.handlers import Handlers
+from app.panels import message_panel
+from blockdance import ReuseConfig, load_demo_pipeline
+from blockdance.schedule import default_cutoff
+
+EXAMPLES = ("red apple", "octopus", "pizza", "grinning face", "rocket", "tulip", "cat face", "house with garden")
+SYSTEM_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+HEADER = """# BlockDance Explorer
+A diffusion transformer draws your prompt twice from the same noise: with the plain sampler, and with **BlockDance**, which
+on some steps skips the first blocks and reuses what they put out before. Move a slider and see what it saves and changes."""
+MAP_NOTE = """How alike each block's output is to its own output one step earlier, in the plain run; bright means that it
+repeats. Hatched cells are reused and never computed. Step 0 is pure noise, block 0 is the shallowest."""
+KEEP_SECONDS = 3600
+QUEUE_LENGTH = 32
+
+
+class Slider(gr.Slider):
+    """Gradio's slider, but the range is judged by the library, whose message names the value and the range."""
+
+    is_template = True
+
+    def preprocess(self, payload: float) -> float:
+        return payload
+
+
+def build_page(handlers: Handlers) -> gr.Blocks:
+    """The page over a set of handlers; one event at a time runs the model."""
+    num_blocks = handlers.engine.num_blocks
+    with gr.Blocks(title="BlockDance Explorer", delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
+        gr.Markdown(HEADER, elem_classes="bd-title")
+        with gr.Row():
+            with gr.Column(scale=4, min_width=320):
+                prompt = gr.Textbox("red apple", label="Prompt", lines=1, max_lines=1, submit_btn=True)
+                examples = gr.Examples([[text] for text in EXAMPLES], prompt, label="Examples", api_visibility="private")
+                reuse = reuse_controls(num_blocks)
+                plan = gr.HTML(elem_id="schedule")
+                with gr.Accordion("Sampling", open=False):
+                    seed, steps, guidance, sampler = sampling_controls()
+                stop = gr.Button("Stop", size="sm", elem_id="stop")
+                with gr.Accordion("Words the model knows", open=False):
+                    gr.Markdown(known_words(handlers.engine.pipe))
+            with gr.Column(scale=9):
+                status = gr.HTML(message_panel(""), elem_id="status")
+                with gr.Row():
+                    pictures = [picture(label) for label in ("Baseline", "BlockDance", "Fewer steps, same cost")]
+                    wipe = gr.ImageSlider(label="Wipe: baseline | BlockDance", format="png", interactive=False, height=260,
+                                          elem_classes="bd-picture", buttons=[])  # fmt: skip
+                numbers = gr.HTML(elem_id="numbers")
+                scale = gr.Radio(SCALES, value=SCALES[0], label="Similarity map", info=MAP_NOTE, elem_id="scale")
+                similarity = gr.Plot(show_label=False, elem_id="map")
+                bars = gr.Plot(show_label=False, elem_id="bars")
+
+        inputs = [prompt, seed, steps, guidance, sampler, *reuse, scale]
+        outputs = [status, *pictures, wipe, numbers, similarity, bars]
+        model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private", "trigger_mode": "always_last",
+                 "show_progress": "minimal", "show_progress_on": status}  # fmt: skip
+        live = [component.input for component in (seed, steps, guidance, sampler, *reuse, scale)]
+        run = gr.on([page.load, prompt.submit, *live], handlers.update_page, inputs, outputs, **model)
+        picked = examples.load_input_event.then(handlers.update_page, inputs, outputs, **model)
+        stop.click(
+            lambda: message_panel("Stopped."), None, status, cancels=[run, picked], queue=False, api_visibility="private"
+        )
+        gr.on([page.load, steps.input, *[slider.input for slider in reuse]], handlers.preview, [steps, *reuse], plan,
+              queue=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")  # fmt: skip
+        add_endpoint(handlers)
+    return page.queue(max_size=QUEUE_LENGTH)
+
+
+def reuse_controls(num_blocks: int) -> list[Slider]:
+    """The knobs of BlockDance: N, cutoff, window."""
+    config = ReuseConfig()
+    return [
+        Slider(1, 6, config.reuse_interval, step=1, label="Reuse interval N", elem_id="interval",
+                  info="One cache step, then N − 1 reuse steps; 1 never reuses."),
+        Slider(0, num_blocks - 2, default_cutoff(num_blocks), step=1, label="Cutoff block i", elem_id="cutoff",
+                  info="Blocks 0 to i are skipped on reuse steps."),
+        Slider(0, 1, config.window_start, step=0.05, label="Window start", info="Fraction of the steps.", elem_id="start"),
+        Slider(0, 1, config.window_end, step=0.05, label="Window end", info="Fraction of the steps.", elem_id="end"),
+    ]  # fmt: skip
+
+
+def sampling_controls() -> tuple[gr.Number, Slider, Slider, gr.Radio]:
+    """What both samplers share."""
+    return (
+        gr.Number(0, label="Seed", precision=0, elem_id="seed", info="The noise that both start from."),
+        Slider(1, 100, 30, step=1, label="Steps", elem_id="steps"),
+        Slider(1, 20, 4, step=0.5, label="Guidance", elem_id="guidance"),
+        gr.Radio(list(SAMPLERS), value="DDIM", label="Sampler", elem_id="sampler"),
+    )
+
+
+def picture(label: str) -> gr.Image:
+    """A lossless picture, shown with its own pixels."""
+    return gr.Image(label=label, format="png", interactive=False, height=260, min_width=120, elem_classes="bd-picture",
+                    buttons=["download"])  # fmt: skip
+
+
+def known_words(pipe: Any) -> str:
+    """The vocabulary, for a visitor to pick from."""
+    return ", ".join(sorted(word for word in pipe.tokenizer.get_vocab() if word.isalpha()))
+
+
+def add_endpoint(handlers: Handlers) -> None:
+    """`/compare`, for scripts: plain values in, two pictures and the figures out."""
+    names = ("prompt", "seed", "steps", "guidance", "reuse_interval", "cutoff_block", "window_start", "window_end")
+    config = ReuseConfig()
+    defaults = ("red apple", 0, 30, 4.0, config.reuse_interval, default_cutoff(handlers.engine.num_blocks),
+                config.window_start, config.window_end)  # fmt: skip
+    with gr.Group(visible=False):
+        inputs = [
+            gr.Textbox(value, label=name) if name == "prompt" else gr.Number(value, label=name)
+            for name, value in zip(names, defaults, strict=True)
+        ]
+        outputs = [
+            gr.Image(label="baseline", format="png"),
+            gr.Image(label="blockdance", format="png"),
+            gr.JSON(label="figures"),
+        ]
+        gr.Button().click(
+            handlers.compare, inputs, outputs, api_name="compare", concurrency_id="model", concurrency_limit=1
+        )
+
+
+def serve(page: gr.Blocks, **options: Any) -> None:
+    """Serve a page in the project's looks; `options` go to Gradio's `launch`."""
+    css = Path(__file__).with_name("style.css")
+    page.launch(theme=gr.themes.Default(**SYSTEM_FONTS), css_paths=css, ssr_mode=False, **options)
+
+
+def main() -> None:
+    """Load the model once and serve the page; a browser opens, except on a Hugging Face Space."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    page = build_page(Handlers(Engine(load_demo_pipeline(), perceptual_distance())))
+    serve(page, inbrowser="SPACE_ID" not in os.environ)
