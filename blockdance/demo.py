@@ -1,12 +1,10 @@
 """The model in the box: a small text-to-image PixArt, loaded from `assets/`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PixArtAlphaPipeline
-from PIL import Image
 
 from blockdance.errors import UnsupportedModelError
 
@@ -37,16 +35,6 @@ class DemoPipeline(PixArtAlphaPipeline):
         words = self.tokenizer.tokenize(prompt.lower())
         typed = [word for word, _ in self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(prompt.lower())]
         return [word for word, token in zip(typed, words, strict=True) if token == self.tokenizer.unk_token]
-
-    @staticmethod
-    def contact_sheet(pictures: Sequence[Image.Image], columns: int = 8) -> Image.Image:
-        """The pictures row by row on one sheet."""
-        width, height = pictures[0].size
-        rows = -(-len(pictures) // columns)
-        sheet = Image.new("RGB", (columns * width, rows * height), "white")
-        for index, picture in enumerate(pictures):
-            sheet.paste(picture, (index % columns * width, index // columns * height))
-        return sheet
 
 
 def load_demo_pipeline(folder: Path | str = MODEL_FOLDER) -> DemoPipeline:

@@ -65,11 +65,12 @@ class Observer(Part):
     def after_block(self, call: ModelCall, index: int, output: Tensor) -> None:
         if call.stage:
             return
-        place = (call.branch, index)
+        place, current = (call.branch, index), output.detach().clone()
         step, previous = self._previous.get(place, (-1, None))
-        if previous is not None and step == call.step - 1 and previous.shape == output.shape:
-            self._measured[place] = compare(previous, output)
-        self._previous[place] = (call.step, output.detach().clone())
+        if previous is None or step != call.step - 1 or previous.shape != current.shape:
+            previous = torch.full_like(current, torch.nan)
+        self._measured[place] = compare(previous, current)
+        self._previous[place] = (call.step, current)
 
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
         for call in (call for call in calls if not call.stage):

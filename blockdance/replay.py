@@ -58,8 +58,7 @@ class Recorder(Part):
         self.recording.outputs.clear()
 
     def begin_call(self, call: ModelCall) -> None:
-        first, *rest = _tensors(call)
-        self.recording.inputs[_key(call)] = [first.clone(), *rest]
+        self.recording.inputs[_key(call)] = [tensor.clone() for tensor in _tensors(call)]
 
     def end_call(self, call: ModelCall, output: Any) -> None:
         self.recording.outputs[_key(call)] = _copied(output)
@@ -90,9 +89,10 @@ def _key(call: ModelCall) -> Key:
 
 
 def _tensors(call: ModelCall) -> list[Tensor]:
-    """The tensors among a call's arguments, the hidden states first."""
-    named = dict(sorted(call.kwargs.items(), key=lambda item: item[0] != "hidden_states"))
-    return [value for value in (*call.args, *named.values()) if isinstance(value, Tensor)]
+    """The tensors among a call's arguments, also those inside dictionaries such as `added_cond_kwargs`."""
+    values = (*call.args, *call.kwargs.values())
+    leaves = [leaf for value in values for leaf in (value.values() if isinstance(value, dict) else [value])]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from assets.recipe.autoencoder import latents_of, to_tensor
 from assets.recipe.data import Pack
 from assets.recipe.model import MAX_WORDS, build_scheduler, build_text_encoder, build_tokenizer, build_transformer
+from assets.recipe.sheet import contact_sheet
 from blockdance.demo import DemoPipeline
 
 SHEET_PROMPTS = ("red apple", "octopus", "grinning face", "house with garden", "pizza", "cat face", "rocket", "tulip")
@@ -139,7 +140,7 @@ def checkpoint(learner: Learner, scheduler: DDIMScheduler, vae: AutoencoderKL, f
     pipe.save_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe(list(SHEET_PROMPTS), num_inference_steps=30, generator=torch.Generator().manual_seed(0)).images
-    pipe.contact_sheet(pictures, columns=4).save(folder / f"sheet-{learner.updates:06d}.png")
+    contact_sheet(pictures, columns=4).save(folder / f"sheet-{learner.updates:06d}.png")
 
 
 def main() -> None:
