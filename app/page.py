@@ -28,15 +28,6 @@ KEEP_SECONDS = 3600
 QUEUE_LENGTH = 32
 
 
-class Slider(gr.Slider):
-    """Gradio's slider, but the range is judged by the library, whose message names the value and the range."""
-
-    is_template = True
-
-    def preprocess(self, payload: float) -> float:
-        return payload
-
-
 def build_page(handlers: Handlers) -> gr.Blocks:
     """The page over a set of handlers; one event at a time runs the model."""
     num_blocks = handlers.engine.num_blocks
@@ -66,39 +57,42 @@ def build_page(handlers: Handlers) -> gr.Blocks:
 
         inputs = [prompt, seed, steps, guidance, sampler, *reuse, scale]
         outputs = [status, *pictures, wipe, numbers, similarity, bars]
+        # Without Gradio's preprocessing the library judges every value, and its message names the value and the range.
         model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private", "trigger_mode": "always_last",
-                 "show_progress": "minimal", "show_progress_on": status}  # fmt: skip
+                 "show_progress": "minimal", "show_progress_on": status, "preprocess": False}  # fmt: skip
         live = [component.input for component in (seed, steps, guidance, sampler, *reuse, scale)]
         run = gr.on([page.load, prompt.submit, *live], handlers.update_page, inputs, outputs, **model)
         picked = examples.load_input_event.then(handlers.update_page, inputs, outputs, **model)
         stop.click(
             lambda: message_panel("Stopped."), None, status, cancels=[run, picked], queue=False, api_visibility="private"
         )
-        gr.on([page.load, steps.input, *[slider.input for slider in reuse]], handlers.preview, [steps, *reuse], plan,
-              queue=False, show_progress="hidden", trigger_mode="always_last", api_visibility="private")  # fmt: skip
+        plain = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private",
+                 "preprocess": False}  # fmt: skip
+        sliders = [slider.input for slider in (steps, *reuse)]
+        gr.on([page.load, *sliders], handlers.preview, [steps, *reuse], plan, **plain)
         add_endpoint(handlers)
     return page.queue(max_size=QUEUE_LENGTH)
 
 
-def reuse_controls(num_blocks: int) -> list[Slider]:
+def reuse_controls(num_blocks: int) -> list[gr.Slider]:
     """The knobs of BlockDance: N, cutoff, window."""
     config = ReuseConfig()
     return [
-        Slider(1, 6, config.reuse_interval, step=1, label="Reuse interval N", elem_id="interval",
+        gr.Slider(1, 6, config.reuse_interval, step=1, label="Reuse interval N", elem_id="interval",
                   info="One cache step, then N − 1 reuse steps; 1 never reuses."),
-        Slider(0, num_blocks - 2, default_cutoff(num_blocks), step=1, label="Cutoff block i", elem_id="cutoff",
+        gr.Slider(0, num_blocks - 2, default_cutoff(num_blocks), step=1, label="Cutoff block i", elem_id="cutoff",
                   info="Blocks 0 to i are skipped on reuse steps."),
-        Slider(0, 1, config.window_start, step=0.05, label="Window start", info="Fraction of the steps.", elem_id="start"),
-        Slider(0, 1, config.window_end, step=0.05, label="Window end", info="Fraction of the steps.", elem_id="end"),
+        gr.Slider(0, 1, config.window_start, step=0.05, label="Window start", info="Fraction of the steps.", elem_id="start"),
+        gr.Slider(0, 1, config.window_end, step=0.05, label="Window end", info="Fraction of the steps.", elem_id="end"),
     ]  # fmt: skip
 
 
-def sampling_controls() -> tuple[gr.Number, Slider, Slider, gr.Radio]:
+def sampling_controls() -> tuple[gr.Number, gr.Slider, gr.Slider, gr.Radio]:
     """What both samplers share."""
     return (
         gr.Number(0, label="Seed", precision=0, elem_id="seed", info="The noise that both start from."),
-        Slider(1, 100, 30, step=1, label="Steps", elem_id="steps"),
-        Slider(1, 20, 4, step=0.5, label="Guidance", elem_id="guidance"),
+        gr.Slider(1, 100, 30, step=1, label="Steps", elem_id="steps"),
+        gr.Slider(1, 20, 4, step=0.5, label="Guidance", elem_id="guidance"),
         gr.Radio(list(SAMPLERS), value="DDIM", label="Sampler", elem_id="sampler"),
     )
 
@@ -130,9 +124,7 @@ def add_endpoint(handlers: Handlers) -> None:
             gr.Image(label="blockdance", format="png"),
             gr.JSON(label="figures"),
         ]
-        gr.Button().click(
-            handlers.compare, inputs, outputs, api_name="compare", concurrency_id="model", concurrency_limit=1
-        )
+        gr.Button().click(handlers.compare, inputs, outputs, api_name="compare", concurrency_id="model", concurrency_limit=1)
 
 
 def serve(page: gr.Blocks, **options: Any) -> None:

@@ -7,9 +7,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import numpy as np
 import transformers
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -17,8 +20,11 @@ from analysis.experiment import (
     MAX_SEED,
     MAX_STEPS,
     SAMPLERS,
-    OnStep,
+    Baseline,
     Request,
+    Variant,
+    control_figures,
+    fewer_steps,
     figures,
     plan,
     run_baseline,
@@ -28,14 +34,18 @@ from analysis.experiment import (
 )
 from analysis.metrics import perceptual_distance
 from analysis.plots import similarity_figure
-from blockdance import BlockDanceError, ReuseConfig, load_demo_pipeline
+from blockdance import BlockDanceError, OnStep, ReuseConfig, Schedule, load_demo_pipeline
 
+REPEATS = 3
+"""Interleaved runs of each; the pictures are the same, the seconds are those of the run with the median."""
 TABLE = """\
 schedule            {schedule}
 blocks evaluated    {block_evaluations} of {baseline_block_evaluations}
-seconds             {seconds:.3f}, baseline {baseline_seconds:.3f}
+seconds             {seconds:.3f}, baseline {baseline_seconds:.3f} (medians of {repeats} interleaved runs)
 speedup             {speedup_measured:.2f}x measured, {speedup_ideal:.2f}x ideal
-difference          {lpips:.4f} {lpips_name}, SSIM {ssim:.4f}, PSNR {psnr} dB
+difference          {lpips:.4f} {lpips_name}, SSIM {ssim:.4f}, PSNR {psnr}
+fewer steps         {fewer_steps[lpips]:.4f} {lpips_name} with the plain sampler at {fewer_steps[steps]} steps, \
+{fewer_steps[speedup_measured]:.2f}x measured, {fewer_steps[speedup_ideal]:.2f}x ideal
 cache               {cache_bytes} bytes
 written             {out}: baseline.png, blockdance.png, similarity.html, result.json"""
 
@@ -98,20 +108,36 @@ def run(args: argparse.Namespace) -> None:
     if config.why_dense(request.steps):
         print(f"note: {config.why_dense(request.steps)}")
 
-    warm_up(pipe)
-    with tqdm(total=3 * request.steps, unit="step") as bar:
-        baseline = run_baseline(pipe, request, bar_for("baseline", bar))
-        variant = run_variant(pipe, request, schedule, on_step=bar_for("BlockDance", bar))
-        observation = run_observed(pipe, request, bar_for("similarity map", bar))
-    result = figures(baseline, variant, perceptual_distance())
-
+    baseline, variant, control, cosine = measure(pipe, request, schedule)
+    distance = perceptual_distance()
+    result = figures(baseline, variant, distance) | {
+        "fewer_steps": control_figures(baseline, control, distance),
+        "repeats": REPEATS,
+    }
     Image.fromarray(baseline.picture).save(args.out / "baseline.png")
     Image.fromarray(variant.picture).save(args.out / "blockdance.png")
-    cosine = observation.cosine()[:, :, 0].numpy()
     similarity_figure(cosine, schedule).write_html(args.out / "similarity.html", include_plotlyjs=True)
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    shown = result | {"psnr": "infinite" if result["psnr"] is None else f"{result['psnr']:.1f}"}
+    shown = result | {"psnr": "infinite" if result["psnr"] is None else f"{result['psnr']:.1f} dB"}
     print(TABLE.format(**shown, out=args.out))
+
+
+def measure(pipe: Any, request: Request, schedule: Schedule) -> tuple[Baseline, Variant, Baseline, NDArray[np.floating]]:
+    """Baseline, variant and the control with fewer steps, interleaved, and the similarity map (num_blocks, num_steps)."""
+    control_request = fewer_steps(request, schedule.ideal_speedup(len(pipe.transformer.transformer_blocks)))
+    warm_up(pipe)
+    with tqdm(total=REPEATS * (2 * request.steps + control_request.steps) + request.steps, unit="step") as bar:
+        rounds = [
+            (
+                run_baseline(pipe, request, bar_for("baseline", bar)),
+                run_variant(pipe, request, schedule, on_step=bar_for("BlockDance", bar)),
+                run_baseline(pipe, control_request, bar_for("fewer steps", bar)),
+            )
+            for _ in range(REPEATS)
+        ]
+        observation = run_observed(pipe, request, bar_for("similarity map", bar))
+    baseline, variant, control = (sorted(runs, key=lambda run: run.seconds)[REPEATS // 2] for runs in zip(*rounds, strict=True))
+    return baseline, variant, control, observation.cosine()[:, :, 0].numpy()
 
 
 def main() -> None:

@@ -5,12 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
 from tests.serving import Server, serving
 
 PATIENCE_MS = 60_000
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def launch_chromium(driver: Playwright) -> Browser | None:
+    """Playwright's own Chromium, else the machine's, else None."""
+    own = Path(driver.chromium.executable_path)
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = str(own) if own.exists() else next(filter(None, map(shutil.which, names)), None)
+    return driver.chromium.launch(executable_path=found, args=["--no-sandbox"]) if found else None
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +29,9 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as driver:
-        own = Path(driver.chromium.executable_path).exists()
-        if not own and CHROMIUM is None:
+        browser = launch_chromium(driver)
+        if browser is None:
             pytest.skip("no Chromium on this machine: install it, or run `playwright install chromium`")
-        browser = driver.chromium.launch(executable_path=None if own else CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -90,6 +96,14 @@ def test_a_bad_setting_is_a_toast_and_the_page_stays(page: Page) -> None:
     page.locator("#start input[type=range]").fill("1")
     expect(page.locator(".toast-body")).to_contain_text("window_start must not exceed window_end, got 1 > 0.95.")
     assert page.inner_text("#numbers") == before
+
+
+def test_a_value_typed_beyond_a_slider_is_a_toast_that_names_the_range(page: Page) -> None:
+    wait_until_done(page)
+    box = page.locator("#cutoff input[type=number]")
+    box.fill("99")
+    box.press("Enter")
+    expect(page.locator(".toast-body")).to_contain_text("cutoff_block must be in [0, 12] for 14 blocks, got 99.")
 
 
 def test_the_stop_button_ends_a_run_and_the_page_stays(page: Page) -> None:

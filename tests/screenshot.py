@@ -1,0 +1,24 @@
+"""Take the README's screenshot: `python -m tests.screenshot assets/screenshot.png`."""
+
+import sys
+
+from playwright.sync_api import expect, sync_playwright
+
+from tests.serving import serving
+from tests.test_page import PATIENCE_MS, launch_chromium
+
+
+def main() -> None:
+    with serving() as server, sync_playwright() as driver:
+        browser = launch_chromium(driver)
+        if browser is None:
+            sys.exit("error: no Chromium on this machine; run `playwright install chromium`")
+        page = browser.new_page(viewport={"width": 1360, "height": 1000})
+        page.goto(server.url)
+        expect(page.locator("#status")).to_contain_text("from the same noise", timeout=PATIENCE_MS)
+        page.wait_for_timeout(1000)
+        page.screenshot(path=sys.argv[1], full_page=True)
+
+
+if __name__ == "__main__":
+    main()
