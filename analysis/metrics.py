@@ -127,4 +127,4 @@ def _alex_features(weights: dict[str, Tensor], picture: Tensor) -> list[Tensor]:
 
 def _signed(picture: Picture) -> Tensor:
     """uint8 (h, w, 3) -> float (1, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return torch.tensor(picture).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -6,8 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import pytest
+import torch
 
 from tests.tiny import CASES, Case
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)

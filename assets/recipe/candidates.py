@@ -49,7 +49,8 @@ def main() -> None:
         pipe.set_progress_bar_config(disable=True)
         pictures, cosine, change = measure(pipe)
         sheet = contact_sheet(pictures)
-        Image.fromarray(np.vstack([sheet, draw_map(cosine, sheet.width)])).save(args.out / f"{folder.name}.png")
+        both = np.vstack([np.asarray(sheet), np.asarray(draw_map(cosine, sheet.width))])
+        Image.fromarray(both).save(args.out / f"{folder.name}.png")
         late = change[:, 2 * STEPS // 3 :].mean(1)
         thirds = {name: part.mean() for name, part in zip(("shallow", "middle", "deep"), np.array_split(late, 3), strict=True)}
         print(folder.name, {name: round(float(value), 3) for name, value in thirds.items()})
