@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.linalg import vecdot, vector_norm
 
 from blockdance.adapters import guidance_rows
 from blockdance.errors import SessionError
 from blockdance.session import ModelCall, Part, Session, joined
+
+SMALLEST = 1e-16
+"""A token without length has cosine 0 with any other, not NaN, which means that nothing was compared."""
 
 
 @dataclass
@@ -48,8 +51,31 @@ class Observation:
         return torch.stack([seen.get(step, missing) for step in range(self.num_steps)], dim=1).cpu()
 
 
+class Held(NamedTuple):
+    """A block's last output: the step it is from, our own copy (b, t, d), and the lengths of its tokens (b, t)."""
+
+    step: int
+    output: Tensor
+    lengths: Tensor
+
+
+class Pair(NamedTuple):
+    """What is needed of a block's outputs at adjacent steps; NaN where there is nothing to compare."""
+
+    dots: Tensor
+    """Of each token with itself one step earlier, (b, t)."""
+    lengths_before: Tensor
+    lengths: Tensor
+    moved: Tensor
+    """L2 norm of the difference, (b,)."""
+
+
 class Observer(Part):
-    """Fills an observation; holds the last output of every block, per call of the transformer."""
+    """Fills an observation; holds the last output of every block, per call of the transformer.
+
+    Per block as few operations as possible, since on a small model they are most of what observing costs; the rest is
+    done once a step for all blocks together.
+    """
 
     def __init__(self, observation: Observation) -> None:
         self.observation = observation
@@ -59,41 +85,41 @@ class Observer(Part):
         self.observation.num_steps = session.num_steps
         self.observation._cosine.clear()
         self.observation._change.clear()
-        self._previous: dict[tuple[int, int], tuple[int, Tensor]] = {}
-        self._measured: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._held: dict[tuple[int, int], Held] = {}
+        self._pairs: dict[tuple[int, int], Pair] = {}
 
     def after_block(self, call: ModelCall, index: int, output: Tensor) -> None:
         if call.stage:
             return
-        place, current = (call.branch, index), output.detach().clone()
-        step, previous = self._previous.get(place, (-1, None))
-        if previous is None or step != call.step - 1 or previous.shape != current.shape:
-            previous = torch.full_like(current, torch.nan)
-        self._measured[place] = compare(previous, current)
-        self._previous[place] = (call.step, current)
+        place, current = (call.branch, index), output.detach()
+        held = self._held.get(place)
+        if held is None or held.step != call.step - 1 or held.output.shape != current.shape:
+            unknown = torch.full_like(current, torch.nan)
+            held = Held(call.step - 1, unknown, unknown[..., 0].float())
+        before, now = held.output.float(), current.float()
+        lengths = vector_norm(now, dim=-1)
+        self._pairs[place] = Pair(vecdot(before, now), held.lengths, lengths, vector_norm(now - before, dim=(1, 2)))
+        self._held[place] = Held(call.step, held.output.copy_(current), lengths)
 
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
         for call in (call for call in calls if not call.stage):
-            pairs = [self._measured.get((call.branch, index)) for index in range(self.session.num_blocks)]
+            pairs = [self._pairs.get((call.branch, index)) for index in range(self.session.num_blocks)]
             known = next((pair for pair in pairs if pair is not None), None)
             if known is None:
                 continue
-            missing = torch.full_like(known[0], torch.nan)
-            cosine = torch.stack([missing if pair is None else pair[0] for pair in pairs])
-            change = torch.stack([missing if pair is None else pair[1] for pair in pairs])
+            missing = Pair(*(torch.full_like(part, torch.nan) for part in known))
+            cosine, change = compare(Pair(*map(torch.stack, zip(*(pair or missing for pair in pairs), strict=True))))
             rows = guidance_rows(self.session.transformer, call.branch, call.kwargs, cosine.shape[1], sample_rows)
             for branch, part in rows.items():
                 self.observation._cosine.setdefault(branch, {})[step] = cosine[:, part]
                 self.observation._change.setdefault(branch, {})[step] = change[:, part]
-        self._measured.clear()
+        self._pairs.clear()
 
 
-def compare(previous: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-    """Per sample: cosine similarity (mean over tokens) and relative L2 change of two hidden states (b, t, d) -> (b,), (b,)."""
-    before, now = previous.float(), current.float()
-    cosine = F.cosine_similarity(before, now, dim=-1).mean(dim=1)  # (b,)
-    change = (now - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)  # (b,)
-    return cosine, change
+def compare(pairs: Pair) -> tuple[Tensor, Tensor]:
+    """Cosine similarity, mean over tokens, and relative L2 change, (num_blocks, b) each, of pairs stacked over blocks."""
+    cosine = pairs.dots / (pairs.lengths_before * pairs.lengths).clamp_min(SMALLEST)  # (num_blocks, b, t)
+    return cosine.mean(dim=-1), pairs.moved / vector_norm(pairs.lengths_before, dim=-1)
 
 
 @contextmanager

@@ -1,0 +1,43 @@
+"""The project's one stopwatch: whole calls, interleaved, with medians and quartiles."""
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Wall time of one call in seconds. The call must return its result on the CPU, so that a device has finished."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: Mapping[Name, Callable[[], object]], repeats: int, what: str = "") -> dict[Name, list[float]]:
+    """Seconds of every run in every round; each second round goes backwards (ABBA), which cancels a steady drift.
+
+    Args:
+        runs: what to call, by name.
+        repeats: rounds, >= 1; every run is called once in each.
+        what: label of the progress bar.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
+    for turn in tqdm(range(repeats), desc=what, unit="round"):
+        for name in reversed(list(runs)) if turn % 2 else list(runs):
+            seconds[name].append(seconds_of(runs[name]))
+    return seconds
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float | list[float]]:
+    """The median of `values` under `name`, and `[lower, upper]` under `name`_quartiles."""
+    lower, median, upper = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
+    return {name: median, f"{name}_quartiles": [lower, upper]}
+
+
+def paired_ratios(ours: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Ours over the baseline, round by round."""
+    return [our / base for our, base in zip(ours, baseline, strict=True)]
