@@ -126,3 +126,18 @@ def test_an_example_is_drawn_at_a_click_and_markup_in_a_prompt_stays_text(page: 
     expect(page.locator("#numbers .notice")).to_contain_text("“zyxgrblt”")
     expect(page.locator("#status")).to_contain_text("<img src=x> ${document.title='taken'}")
     assert page.title() == "BlockDance Explorer"
+
+
+def test_closing_the_tab_stops_the_run_and_frees_the_model(server: Server, page: Page) -> None:
+    wait_until_done(page)
+    engine = server.handlers.engine
+    calls: list[None] = []
+    counting = engine.pipe.transformer.register_forward_hook(lambda *_: calls.append(None))
+    page.get_by_text("Sampling", exact=True).click()
+    page.locator("#steps input[type=range]").fill("99")
+    expect(page.locator("#status")).to_contain_text("plain sampler …")
+    page.close()
+    assert engine._model.acquire(timeout=PATIENCE_MS / 1000)
+    engine._model.release()
+    counting.remove()
+    assert 0 < len(calls) < 99
