@@ -50,10 +50,6 @@ class Handlers:
         except BlockDanceError as error:
             return message_panel(f"{error}.")
 
-    def stopped(self) -> str:
-        """The status line after a stop; the last complete comparison stays on the page."""
-        return message_panel("Stopped.")
-
     def compare(
         self, prompt: str, seed: int, steps: int, guidance: float,
         reuse_interval: int, cutoff_block: int, window_start: float, window_end: float,
