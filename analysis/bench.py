@@ -225,8 +225,9 @@ def cache_bytes(setup: Setup, schedule: Schedule, guidance: float) -> int:
 
 
 def measure_application(setup: Setup) -> list[Record]:
-    """Start of the app and an answer it remembers."""
-    return [measure_app(REQUEST, plan(ReuseConfig(), REQUEST, setup.num_blocks).cutoff_block, setup.repeats)]
+    """Start of the app, and an answer it remembers: with another seed, as its first comparison is made before it answers."""
+    cutoff = plan(ReuseConfig(), REQUEST, setup.num_blocks).cutoff_block
+    return [measure_app(replace(REQUEST, seed=REQUEST.seed + 1), cutoff, setup.repeats)]
 
 
 @dataclass(frozen=True)
