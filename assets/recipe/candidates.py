@@ -54,6 +54,7 @@ def main() -> None:
         late = change[:, 2 * STEPS // 3 :].mean(1)
         thirds = {name: part.mean() for name, part in zip(("shallow", "middle", "deep"), np.array_split(late, 3), strict=True)}
         print(folder.name, {name: round(float(value), 3) for name, value in thirds.items()})
+        print("block by block:", " | ".join(f"{value:.3f}" for value in late))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import PixArtAlphaPipeline
+from diffusers import AutoencoderKL, PixArtAlphaPipeline
 from PIL import Image, ImageDraw
 
 from assets.recipe.sheet import contact_sheet
@@ -26,12 +26,16 @@ LABEL_PIXELS = 12
 
 
 def export(run: Path, vae_folder: Path, target: Path) -> None:
-    """Write the averaged weights of a run as a plain pipeline, with the facts of its training beside it."""
+    """Write the averaged weights of a run as a plain pipeline, with the facts of its training beside it.
+
+    The autoencoder is the folder's, whose decoder may have been trained on since the run began.
+    """
     parts = DemoPipeline.from_pretrained(run / "pipeline").components
-    PixArtAlphaPipeline(**parts).save_pretrained(target, max_shard_size="9MB")
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    PixArtAlphaPipeline(**(parts | {"vae": vae})).save_pretrained(target, max_shard_size="9MB")
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    vae = [json.loads(line) for line in (vae_folder / "facts.jsonl").read_text().splitlines()]
-    (target / "training.json").write_text(json.dumps({"transformer": last, "autoencoder": vae}, indent=2) + "\n")
+    facts = [json.loads(line) for line in (vae_folder / "facts.jsonl").read_text().splitlines()]
+    (target / "training.json").write_text(json.dumps({"transformer": last, "autoencoder": facts}, indent=2) + "\n")
 
 
 def labelled(picture: Image.Image, text: str) -> Image.Image:
