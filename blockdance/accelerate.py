@@ -43,6 +43,9 @@ class Reuser(Part):
             return output
         return None
 
+    def watches_blocks(self, call: ModelCall) -> bool:
+        return call.kind is not StepKind.FULL
+
     def before_block(self, call: ModelCall, index: int, hidden: Tensor) -> Tensor | None:
         if call.kind is not StepKind.REUSE or index > self.schedule.cutoff_block:
             return None

@@ -88,9 +88,10 @@ class Observer(Part):
         self._held: dict[tuple[int, int], Held] = {}
         self._pairs: dict[tuple[int, int], Pair] = {}
 
+    def watches_blocks(self, call: ModelCall) -> bool:
+        return not call.stage
+
     def after_block(self, call: ModelCall, index: int, output: Tensor) -> None:
-        if call.stage:
-            return
         place, current = (call.branch, index), output.detach()
         held = self._held.get(place)
         if held is None or held.step != call.step - 1 or held.output.shape != current.shape:

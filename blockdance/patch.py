@@ -52,7 +52,7 @@ def block_class(cls: type[nn.Module]) -> type:
         for session in ACTIVE.get():
             index = session.index_of.get(id(self))
             if index is not None:
-                return session.run_block(index, functools.partial(cls.__call__, self), args, kwargs)
+                return session.run_block(index, cls.__call__, self, args, kwargs)
         return cls.__call__(self, *args, **kwargs)
 
     return _derive(cls, {"__call__": __call__})
@@ -65,7 +65,7 @@ def transformer_class(cls: type[nn.Module]) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         for session in ACTIVE.get():
             if session.transformer is self:
-                return session.run_model(functools.partial(cls.__call__, self), args, kwargs)
+                return session.run_model(cls.__call__, self, args, kwargs)
         return cls.__call__(self, *args, **kwargs)
 
     return _derive(cls, {"__call__": __call__})

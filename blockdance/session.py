@@ -46,6 +46,10 @@ class Part:
     def begin_call(self, call: ModelCall) -> Any:
         """Before the transformer runs. Returns its output to have it not run at all, else None."""
 
+    def watches_blocks(self, call: ModelCall) -> bool:
+        """Whether `before_block` and `after_block` matter in this call, which `begin_call` has seen."""
+        return False
+
     def before_block(self, call: ModelCall, index: int, hidden: Tensor) -> Tensor | None:
         """Before block `index` runs on `hidden`. Returns its output to have it not run, else None."""
 
@@ -79,6 +83,10 @@ class Session:
         self._step_calls: list[ModelCall] = []
         self._branches = 0
         self._call: ModelCall | None = None
+        self._watchers: list[Part] = []
+        self._blocks_swapped = False
+        self.swaps = ExitStack()
+        """Undoes, at the session's end, what was swapped for it."""
 
     @property
     def num_blocks(self) -> int:
@@ -116,19 +124,37 @@ class Session:
         for part in self.parts:
             part.begin_run(self)
 
-    def run_model(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call of the transformer, or return what a part has in its place."""
+    def run_model(self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`run(model, *args, **kwargs)`, one call of the transformer, or what a part has in its place."""
         call = self._next_call(args, kwargs)
+        output = None
+        for part in self.parts:
+            output = part.begin_call(call) if output is None else output
+        if output is None:
+            with self._blocks_watched(call):
+                output = run(model, *args, **kwargs)
+        for part in self.parts:
+            part.end_call(call, output)
+        return output
+
+    @contextmanager
+    def _blocks_watched(self, call: ModelCall) -> Iterator[None]:
+        """Send the blocks of this call through `run_block` if a part wants it; else all of them run as in the plain model.
+
+        They are swapped at the first call that needs it, so that a run which never reuses costs next to nothing.
+        """
+        self._watchers = [part for part in self.parts if part.watches_blocks(call)]
+        if not self._watchers:
+            call.blocks_evaluated = self.num_blocks
+            yield
+            return
+        if not self._blocks_swapped:
+            self._blocks_swapped = True
+            for block in self.blocks:
+                self.swaps.enter_context(swapped(block, block_class))
         self._call = call
         try:
-            output = None
-            for part in self.parts:
-                output = part.begin_call(call) if output is None else output
-            if output is None:
-                output = original(*args, **kwargs)
-            for part in self.parts:
-                part.end_call(call, output)
-            return output
+            yield
         finally:
             self._call = None
 
@@ -143,19 +169,21 @@ class Session:
         self._step_calls.append(call)
         return call
 
-    def run_block(self, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one block, or return what a part has in its place."""
+    def run_block(
+        self, index: int, run: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`run(block, *args, **kwargs)`, or what a part has in its place."""
         call = self._call
         if call is None:
-            return original(*args, **kwargs)
+            return run(block, *args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        for part in self.parts:
+        for part in self._watchers:
             output = part.before_block(call, index, hidden)
             if output is not None:
                 return output
-        output = original(*args, **kwargs)
+        output = run(block, *args, **kwargs)
         call.blocks_evaluated += 1
-        for part in self.parts:
+        for part in self._watchers:
             part.after_block(call, index, output)
         return output
 
@@ -215,13 +243,11 @@ def check_company(part: Part, others: list[Part]) -> None:
 def opened(pipe: Any) -> Iterator[Session]:
     """A new session in this context: classes swapped inside, the original ones back at the end, whatever happened."""
     session = Session(pipe)
-    with ExitStack() as stack:
-        stack.enter_context(swapped(session.scheduler, scheduler_class))
-        stack.enter_context(swapped(session.transformer, transformer_class))
-        for block in session.blocks:
-            stack.enter_context(swapped(block, block_class))
+    with session.swaps as swaps:
+        swaps.enter_context(swapped(session.scheduler, scheduler_class))
+        swaps.enter_context(swapped(session.transformer, transformer_class))
         token = ACTIVE.set((*ACTIVE.get(), session))
-        stack.callback(ACTIVE.reset, token)
+        swaps.callback(ACTIVE.reset, token)
         yield session
 
 

@@ -110,11 +110,11 @@ class Tracer(Part):
     def begin_run(self, session: Session) -> None:
         self.trace.steps.clear()
         self.trace.cache_bytes = 0
-        self._last = _now(session.transformer)
-        self._transformer = session.transformer
+        self._on_device = next(session.transformer.parameters()).is_cuda
+        self._last = self._now()
 
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
-        now = _now(self._transformer)
+        now = self._now()
         kinds = {call.kind for call in calls}
         replayed = [call.replayed_seconds for call in calls if call.replayed_seconds is not None]
         self.trace.steps.append(
@@ -128,6 +128,12 @@ class Tracer(Part):
             )
         )
         self._last = now
+
+    def _now(self) -> float:
+        """Seconds; waits for the device first, so that a step's seconds are its own."""
+        if self._on_device:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 class StepTeller(Part):
@@ -154,10 +160,3 @@ def traced(pipe: Any, part: Part, trace: Trace, on_step: OnStep | None) -> Itera
         if on_step is not None:
             stack.enter_context(joined(pipe, StepTeller(on_step)))
         yield session
-
-
-def _now(module: torch.nn.Module) -> float:
-    """Seconds; waits for the device first, so that a step's seconds are its own."""
-    if next(module.parameters()).is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
