@@ -123,7 +123,7 @@ def measured(found: Record) -> str:
 
 
 def difference(found: Record) -> str:
-    return f"{found['lpips']:.4f} / {found['ssim']:.4f}"
+    return f"{found['lpips']:.5f} / {found['ssim']:.4f}"
 
 
 def overhead_rows(record: Record) -> list[list[str]]:
