@@ -73,7 +73,7 @@ def _row(name: str, drawn: Drawn | None) -> str:
     values = (
         f"{figures['speedup_measured']:.2f}×",
         f"{figures['speedup_ideal']:.2f}×",
-        f"{figures['lpips']:.4f}",
+        f"{figures['lpips']:.5f}",
         f"{figures['ssim']:.4f}",
         ratio,
     )

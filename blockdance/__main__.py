@@ -43,8 +43,8 @@ schedule            {schedule}
 blocks evaluated    {block_evaluations} of {baseline_block_evaluations}
 seconds             {seconds:.3f}, baseline {baseline_seconds:.3f} (medians of {repeats} interleaved runs)
 speedup             {speedup_measured:.2f}x measured, {speedup_ideal:.2f}x ideal
-difference          {lpips:.4f} {lpips_name}, SSIM {ssim:.4f}, PSNR {psnr}
-fewer steps         {fewer_steps[lpips]:.4f} {lpips_name} with the plain sampler at {fewer_steps[steps]} steps, \
+difference          {lpips:.5f} {lpips_name}, SSIM {ssim:.4f}, PSNR {psnr}
+fewer steps         {fewer_steps[lpips]:.5f} {lpips_name} with the plain sampler at {fewer_steps[steps]} steps, \
 {fewer_steps[speedup_measured]:.2f}x measured, {fewer_steps[speedup_ideal]:.2f}x ideal
 cache               {cache_bytes} bytes
 written             {out}: baseline.png, blockdance.png, similarity.html, result.json"""

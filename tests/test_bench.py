@@ -120,8 +120,8 @@ def test_the_tables_name_the_hardware_the_command_and_every_figure() -> None:
         "`abc1234`",
     ):
         assert phrase in sentence
-    row = "| 2 | 9 | 1.24x | 1.19x (1.18 to 1.21) | 0.967 | 0.0123 / 0.9870 |"
-    assert f"{row} 24 steps, ideal 1.25x | 1.21x (1.20 to 1.22) | 0.0321 / 0.9120 |" in text
+    row = "| 2 | 9 | 1.24x | 1.19x (1.18 to 1.21) | 0.967 | 0.01230 / 0.9870 |"
+    assert f"{row} 24 steps, ideal 1.25x | 1.21x (1.20 to 1.22) | 0.03210 / 0.9120 |" in text
     assert "difference from the baseline" in text
     for figure in ("+0.40 %", "+8.00 %", "0.250 s", "0.50 of the baseline's 0.500 s", "32,768 bytes", "0.050 s", "6.000 s"):
         assert figure in text
