@@ -70,21 +70,28 @@ class Handlers:
         return last.baseline, last.variant.picture, last.variant.figures | more
 
     def _updates(self, view: View, shown: View | None, scale: str) -> Updates:
-        """The page for a view; until its pictures are there, the last comparison stays complete."""
+        """The page for a view: what changed since `shown`. Until its pictures are there, the last comparison stays complete.
+
+        What did not change is not sent again: Gradio would write its file anew while the browser may be reading it.
+        """
         status = status_panel(view)
-        known = (view.variant, view.cosine, view.control)
-        news = shown is None or any(
-            new is not old for new, old in zip(known, (shown.variant, shown.cosine, shown.control), strict=True)
-        )
-        if view.baseline is None or view.variant is None or not news:
+        if view.baseline is None or view.variant is None:
             return (status, *[gr.skip()] * (OUTPUTS - 1))
+
+        def new(name: str) -> bool:
+            return shown is None or shown.variant is not view.variant or getattr(shown, name) is not getattr(view, name)
+
+        drawn, controlled, mapped = new("variant"), new("control"), new("cosine")
+        numbers = numbers_panel(view, view.variant, self.engine.pipe.unknown_words(view.request.prompt), self.machine)
+        control = None if view.control is None else view.control.picture
+        similarity = None if view.cosine is None else similarity_figure(view.cosine, view.schedule, scale)
         return (
             status,
-            view.baseline,
-            view.variant.picture,
-            None if view.control is None else view.control.picture,
-            (view.baseline, view.variant.picture),
-            numbers_panel(view, view.variant, self.engine.pipe.unknown_words(view.request.prompt), self.machine),
-            None if view.cosine is None else similarity_figure(view.cosine, view.schedule, scale),
-            blocks_figure(view.variant.trace.steps),
+            view.baseline if drawn else gr.skip(),
+            view.variant.picture if drawn else gr.skip(),
+            control if controlled else gr.skip(),
+            (view.baseline, view.variant.picture) if drawn else gr.skip(),
+            numbers if controlled else gr.skip(),
+            similarity if mapped else gr.skip(),
+            blocks_figure(view.variant.trace.steps) if drawn else gr.skip(),
         )

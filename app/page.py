@@ -63,9 +63,9 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         live = [component.input for component in (seed, steps, guidance, sampler, *reuse, scale)]
         run = gr.on([page.load, prompt.submit, *live], handlers.update_page, inputs, outputs, **model)
         picked = examples.load_input_event.then(handlers.update_page, inputs, outputs, **model)
-        stop.click(
-            lambda: message_panel("Stopped."), None, status, cancels=[run, picked], queue=False, api_visibility="private"
-        )
+        # Told in a second event: news of the run may still be on its way while the first one cancels it.
+        stopped = stop.click(None, cancels=[run, picked], queue=False, api_visibility="private")
+        stopped.then(lambda: message_panel("Stopped."), None, status, queue=False, api_visibility="private")
         plain = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private",
                  "preprocess": False}  # fmt: skip
         sliders = [slider.input for slider in (steps, *reuse)]

@@ -113,14 +113,16 @@ def handlers(server: Server) -> Handlers:
     return server.handlers
 
 
-def test_the_page_keeps_the_last_comparison_until_the_next_has_pictures(handlers: Handlers) -> None:
-    *early, last = handlers.update_page("tulip", 5, *PAGE_SETTING[2:])
-    assert all(is_left_alone(update) for update in early[0][1:])
-    status, baseline, variant, control, wipe, numbers, similarity, bars = last
-    assert "tulip" in status and "seed 5" in status
+def test_the_page_keeps_the_last_comparison_and_gets_each_new_thing_once(handlers: Handlers) -> None:
+    everything = list(handlers.update_page("tulip", 5, *PAGE_SETTING[2:]))
+    assert all(is_left_alone(update) for update in everything[0][1:])
+    status, *rest = zip(*everything, strict=True)
+    assert "tulip" in status[-1] and "seed 5" in status[-1]
+    sent = [[update for update in updates if update is not None and not is_left_alone(update)] for updates in rest]
+    (baseline,), (variant,), (control,), (wipe,), numbers, (similarity,), (bars,) = sent
     assert baseline.shape == variant.shape == control.shape == (64, 64, 3)
     assert wipe[0] is baseline and wipe[1] is variant
-    assert "difference from the baseline" in numbers and "ideal" in numbers
+    assert "difference from the baseline" in numbers[-1] and "ideal" in numbers[-1]
     assert len(similarity.data[0].z) == 14
     assert sum(len(bar.x) for bar in bars.data) == 8
 

@@ -47,7 +47,11 @@ def page(server: Server, browser: Browser) -> Iterator[Page]:
 
 
 def wait_until_done(page: Page) -> None:
+    """The page shows all of its first comparison, and its event is over: Gradio's own tracker is gone from the status line."""
     expect(page.locator("#status")).to_contain_text("from the same noise")
+    expect(page.locator("#numbers")).to_contain_text("plain sampler,")
+    expect(page.locator("#bars .js-plotly-plot .bars path")).to_have_count(30)
+    expect(page.locator("#status .generating, #status .progress-text, #status .meta-text")).to_have_count(0)
 
 
 def test_a_newcomer_sees_both_pictures_the_map_and_the_numbers(server: Server, browser: Browser) -> None:
