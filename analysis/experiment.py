@@ -3,13 +3,14 @@
 import copy
 import time
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-from analysis.metrics import PerceptualDistance, Picture, psnr, ssim
+from analysis.metrics import PerceptualDistance, difference
+from analysis.pictures import Picture, Video, drawn
 from blockdance import (
     MIN_STEPS,
     BlockDanceError,
@@ -72,7 +73,7 @@ class Baseline:
     """The plain run of a request."""
 
     request: Request
-    picture: Picture
+    picture: Picture | Video
     recording: Recording
     outside_seconds: float
     """Seconds of the call outside the sampling loop: text encoder and decoder."""
@@ -88,7 +89,7 @@ class Variant:
     """The run of a request with a schedule."""
 
     schedule: Schedule
-    picture: Picture
+    picture: Picture | Video
     trace: Trace
     outside_seconds: float
 
@@ -116,21 +117,37 @@ def with_sampler(pipe: Any, sampler: str) -> Any:
     return view
 
 
-def sample(pipe: Any, request: Request) -> Picture:
-    """One picture of a text-to-image pipeline with the request's sampler already in place."""
-    pictures = pipe(
-        request.prompt,
+def sample(pipe: Any, request: Request) -> Picture | Video:
+    """One picture or video of a pipeline with the request's sampler already in place."""
+    output = pipe(
+        **conditioned_on(pipe, request.prompt),
         num_inference_steps=request.steps,
         guidance_scale=float(request.guidance),
         generator=torch.Generator().manual_seed(request.seed),
         output_type="np",
-    ).images
-    return (pictures[0] * 255).round().astype(np.uint8)
+    )
+    return drawn(output)
 
 
-def warm_up(pipe: Any) -> None:
+def conditioned_on(pipe: Any, prompt: str) -> dict[str, Any]:
+    """The call's arguments for a prompt: the text itself, or for DiT the ImageNet class of that name.
+
+    Raises:
+        RequestError: no class has that name; the nearest ones are named.
+    """
+    if not hasattr(pipe, "get_label_ids"):
+        return {"prompt": prompt}
+    if prompt not in pipe.labels:
+        near = ", ".join(repr(name) for name in get_close_matches(prompt, pipe.labels, n=3, cutoff=0))
+        raise RequestError(
+            f"prompt must be the name of a class that {type(pipe).__name__} knows, such as {near}, got {prompt!r}"
+        )
+    return {"class_labels": pipe.get_label_ids([prompt])}
+
+
+def warm_up(pipe: Any, prompt: str = "red apple") -> None:
     """A few untimed steps, so that the first timed run does not pay for set-up that happens once."""
-    sample(with_sampler(pipe, "DDIM"), Request("red apple", steps=MIN_STEPS))
+    sample(with_sampler(pipe, "DDIM"), Request(prompt, steps=MIN_STEPS))
 
 
 def run_baseline(pipe: Any, request: Request, on_step: OnStep | None = None) -> Baseline:
@@ -170,7 +187,6 @@ def plan(config: ReuseConfig, request: Request, num_blocks: int) -> Schedule:
 
 def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) -> dict[str, Any]:
     """Every figure of a comparison, as plain JSON values; the distances are to the baseline's picture."""
-    ratio = psnr(baseline.picture, variant.picture)
     return {
         "prompt": baseline.request.prompt,
         "seed": baseline.request.seed,
@@ -186,13 +202,10 @@ def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) 
         "speedup_ideal": variant.trace.speedup_ideal,
         "block_evaluations": variant.trace.block_evaluations,
         "baseline_block_evaluations": variant.trace.baseline_block_evaluations,
-        "lpips": distance(baseline.picture, variant.picture),
         "lpips_name": distance.name,
-        "ssim": ssim(baseline.picture, variant.picture),
-        "psnr": ratio if np.isfinite(ratio) else None,
         "cache_bytes": variant.trace.cache_bytes,
         "replayed_steps": sum(step.replayed for step in variant.trace.steps),
-    }
+    } | difference(baseline.picture, variant.picture, distance)
 
 
 def fewer_steps(request: Request, speedup: float) -> Request:

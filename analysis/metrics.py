@@ -8,16 +8,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-Picture = NDArray[np.uint8]
-"""uint8 (height, width, 3)."""
+from analysis.pictures import Picture, Video, is_video
 
 SQUEEZENET_URL = "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"
 REACH_SECONDS = 3.0
@@ -48,6 +47,24 @@ def psnr(ours: Picture, theirs: Picture) -> float:
     if np.array_equal(ours, theirs):
         return float("inf")
     return float(peak_signal_noise_ratio(ours, theirs, data_range=255))
+
+
+def difference(ours: Picture | Video, theirs: Picture | Video, distance: PerceptualDistance) -> dict[str, Any]:
+    """LPIPS, SSIM and PSNR (None if infinite); of videos the means over frames, each frame's, and which frame is the worst."""
+    if not is_video(ours):
+        ratio = psnr(ours, theirs)
+        return {"lpips": distance(ours, theirs), "ssim": ssim(ours, theirs), "psnr": ratio if np.isfinite(ratio) else None}
+    pairs = list(zip(ours, theirs, strict=True))
+    lpips, similarity = [distance(a, b) for a, b in pairs], [ssim(a, b) for a, b in pairs]
+    ratio = psnr(ours, theirs)
+    return {
+        "lpips": float(np.mean(lpips)),
+        "ssim": float(np.mean(similarity)),
+        "psnr": ratio if np.isfinite(ratio) else None,
+        "lpips_of_frames": lpips,
+        "ssim_of_frames": similarity,
+        "worst_frame": int(np.argmax(lpips)),
+    }
 
 
 @functools.cache

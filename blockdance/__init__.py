@@ -5,8 +5,10 @@ with accelerate(pipe, ReuseConfig(reuse_interval=2)) as trace:
 """
 
 from blockdance.accelerate import accelerate
+from blockdance.apply import Applied, BlockDanceConfig, apply_block_dance
 from blockdance.demo import load_demo_pipeline
 from blockdance.errors import BlockDanceError, ConfigError, ScheduleError, SessionError, UnsupportedModelError
+from blockdance.integrate import integrate
 from blockdance.observe import Observation, observe
 from blockdance.replay import Recording, record
 from blockdance.schedule import MIN_STEPS, ReuseConfig, Schedule, StepKind, fixed_schedule
@@ -16,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MIN_STEPS",
+    "Applied",
+    "BlockDanceConfig",
     "BlockDanceError",
     "ConfigError",
     "Observation",
@@ -30,7 +34,9 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "accelerate",
+    "apply_block_dance",
     "fixed_schedule",
+    "integrate",
     "load_demo_pipeline",
     "observe",
     "record",

@@ -6,6 +6,7 @@ The one place in the library that uses the analysis: a command at the edge, not 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import diffusers
 import numpy as np
 import transformers
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from analysis.experiment import (
@@ -23,6 +23,7 @@ from analysis.experiment import (
     Baseline,
     Request,
     Variant,
+    conditioned_on,
     control_figures,
     fewer_steps,
     figures,
@@ -33,8 +34,11 @@ from analysis.experiment import (
     warm_up,
 )
 from analysis.metrics import perceptual_distance
+from analysis.pictures import is_video, save
 from analysis.plots import similarity_figure
-from blockdance import BlockDanceError, OnStep, ReuseConfig, Schedule, load_demo_pipeline
+from blockdance import BlockDanceError, OnStep, ReuseConfig, Schedule
+from blockdance.presets import DEMO, PRESETS, load_pipeline
+from blockdance.scheduled import depth_of
 
 REPEATS = 3
 """Interleaved runs of each; the pictures are the same, the seconds are those of the run with the median."""
@@ -47,20 +51,26 @@ difference          {lpips:.5f} {lpips_name}, SSIM {ssim:.4f}, PSNR {psnr}
 fewer steps         {fewer_steps[lpips]:.5f} {lpips_name} with the plain sampler at {fewer_steps[steps]} steps, \
 {fewer_steps[speedup_measured]:.2f}x measured, {fewer_steps[speedup_ideal]:.2f}x ideal
 cache               {cache_bytes} bytes
-written             {out}: baseline.png, blockdance.png, similarity.html, result.json"""
+written             {out}: {files}"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m blockdance",
-        description="Draw a prompt twice from the same noise, with the plain sampler and with BlockDance (CVPR 2025), "
-        "using the small model that ships in assets/model. Writes baseline.png, blockdance.png, similarity.html, result.json.",
+        description="Draw a prompt twice from the same noise, with the plain sampler and with BlockDance (CVPR 2025). "
+        "Writes baseline.png, blockdance.png (or .gif for a video), similarity.html, result.json.",
     )
-    parser.add_argument("prompt", help='what to draw, for instance "red apple"')
-    parser.add_argument("--steps", type=int, default=30, help=f"sampling steps, 1 to {MAX_STEPS} (default: %(default)s)")
+    parser.add_argument("prompt", help='what to draw, for instance "red apple"; for a DiT the name of an ImageNet class')
+    parser.add_argument(
+        "--model",
+        default=DEMO,
+        help=f"{DEMO} is the small model that ships in assets/model; {', '.join(PRESETS)} are the paper's, from the Hugging "
+        "Face hub, with the paper's settings as defaults; or the folder of a diffusers pipeline (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, help=f"sampling steps, 1 to {MAX_STEPS} (default: 30, or the preset's)")
     parser.add_argument("--seed", type=int, default=0, help=f"seed of the noise, 0 to {MAX_SEED} (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale, 1 to 20 (default: %(default)s)")
-    parser.add_argument("--sampler", default="DDIM", help=f"one of {', '.join(SAMPLERS)} (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 to 20 (default: 4, or the preset's)")
+    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: DDIM, or the preset's)")
     defaults = ReuseConfig()
     parser.add_argument(
         "--reuse-interval",
@@ -71,19 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cutoff-block",
         type=int,
-        help="the paper's i: blocks 0..i are skipped on reuse steps, 0 to depth - 2 (default: three quarters of the depth)",
+        help="the paper's i: blocks 0..i are skipped on reuse steps, 0 to depth - 2 (default: three quarters of the depth, "
+        "20 of the paper's 28)",
     )
     parser.add_argument(
         "--window-start",
         type=float,
-        default=defaults.window_start,
-        help="reuse starts at this fraction of the steps (default: %(default)s)",
+        help=f"reuse starts at this fraction of the steps (default: {defaults.window_start}, or the preset's)",
     )
     parser.add_argument(
         "--window-end",
         type=float,
-        default=defaults.window_end,
-        help="reuse ends before this fraction of the steps (default: %(default)s)",
+        help=f"reuse ends before this fraction of the steps (default: {defaults.window_end}, or the preset's)",
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     return parser
@@ -97,13 +106,34 @@ def bar_for(description: str, bar: tqdm) -> OnStep:
     return on_step
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def settings(args: argparse.Namespace) -> tuple[Request, ReuseConfig]:
+    """What the options say, and the preset where they say nothing."""
+    preset = PRESETS.get(args.model)
+    request, config = Request(args.prompt, args.seed), ReuseConfig(args.reuse_interval)
+    if preset is not None:
+        request = replace(request, steps=preset.steps, guidance=preset.guidance, sampler=preset.sampler)
+        config = replace(preset.config, reuse_interval=args.reuse_interval)
+    return (
+        replace(request, **given(steps=args.steps, guidance=args.guidance, sampler=args.sampler)),
+        replace(
+            config,
+            **given(cutoff_block=args.cutoff_block, window_start=args.window_start, window_end=args.window_end),
+        ),
+    )
+
+
 def run(args: argparse.Namespace) -> None:
-    request = Request(args.prompt, args.seed, args.steps, args.guidance, args.sampler)
-    config = ReuseConfig(args.reuse_interval, args.cutoff_block, args.window_start, args.window_end)
-    pipe = load_demo_pipeline()
-    schedule = plan(config, request, len(pipe.transformer.transformer_blocks))
+    request, config = settings(args)
+    pipe = load_pipeline(args.model)
+    conditioned_on(pipe, request.prompt)
+    schedule = plan(config, request, depth_of(pipe))
     args.out.mkdir(parents=True, exist_ok=True)
-    for word in pipe.unknown_words(request.prompt):
+    for word in pipe.unknown_words(request.prompt) if args.model == DEMO else []:
         print(f"note: the model does not know the word {word!r}")
     if config.why_dense(request.steps):
         print(f"note: {config.why_dense(request.steps)}")
@@ -114,18 +144,22 @@ def run(args: argparse.Namespace) -> None:
         "fewer_steps": control_figures(baseline, control, distance),
         "repeats": REPEATS,
     }
-    Image.fromarray(baseline.picture).save(args.out / "baseline.png")
-    Image.fromarray(variant.picture).save(args.out / "blockdance.png")
+    files = [*save(baseline.picture, args.out / "baseline"), *save(variant.picture, args.out / "blockdance")]
     similarity_figure(cosine, schedule).write_html(args.out / "similarity.html", include_plotlyjs=True)
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     shown = result | {"psnr": "infinite" if result["psnr"] is None else f"{result['psnr']:.1f} dB"}
-    print(TABLE.format(**shown, out=args.out))
+    print(TABLE.format(**shown, out=args.out, files=", ".join([*files, "similarity.html", "result.json"])))
+    if is_video(baseline.picture):
+        worst = result["worst_frame"]
+        print(
+            f"worst frame         {worst}: {result['lpips_of_frames'][worst]:.5f}, SSIM {result['ssim_of_frames'][worst]:.4f}"
+        )
 
 
 def measure(pipe: Any, request: Request, schedule: Schedule) -> tuple[Baseline, Variant, Baseline, NDArray[np.floating]]:
     """Baseline, variant and the control with fewer steps, interleaved, and the similarity map (num_blocks, num_steps)."""
-    control_request = fewer_steps(request, schedule.ideal_speedup(len(pipe.transformer.transformer_blocks)))
-    warm_up(pipe)
+    control_request = fewer_steps(request, schedule.ideal_speedup(depth_of(pipe)))
+    warm_up(pipe, request.prompt)
     with tqdm(total=REPEATS * (2 * request.steps + control_request.steps) + request.steps, unit="step") as bar:
         rounds = [
             (
@@ -143,6 +177,7 @@ def measure(pipe: Any, request: Request, schedule: Schedule) -> tuple[Baseline, 
 def main() -> None:
     args = build_parser().parse_args()
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         run(args)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from blockdance.adapters import Streams
 from blockdance.errors import ScheduleError, SessionError
 from blockdance.replay import Recording
 from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
@@ -13,8 +13,18 @@ from blockdance.session import ModelCall, Part, Session, is_dense_by_gradient
 from blockdance.trace import OnStep, Trace, traced
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a cache step keeps of one guidance branch."""
+
+    entry: list[Any]
+    """Shape, dtype and device of each stream that the first block saw; reuse asks for the same."""
+    outputs: Streams
+    """Of the cutoff block."""
+
+
 class Reuser(Part):
-    """Executes a schedule; holds one tensor per guidance branch."""
+    """Executes a schedule; holds one block's output per guidance branch."""
 
     changes_the_run = True
 
@@ -22,11 +32,14 @@ class Reuser(Part):
         self.plan = plan
         self.trace = trace
         self.replay = replay
-        self.stored: dict[int, Tensor] = {}
+        self.stored: dict[int, Stored] = {}
         self.schedule = Schedule.dense(1)
+        self._call: ModelCall | None = None
+        self._entry: list[Any] = []
 
     def begin_run(self, session: Session) -> None:
         self.stored.clear()
+        self._session = session
         self.schedule = schedule_for(self.plan, session.num_steps, session.num_blocks)
         self.trace.schedule = self.schedule
         self.trace.note = self.plan.why_dense(session.num_steps) if isinstance(self.plan, ReuseConfig) else None
@@ -39,27 +52,39 @@ class Reuser(Part):
         if self.replay is not None and call.step < self.schedule.shared_prefix:
             output = self.replay.output_for(call)
             call.replayed_seconds = self.replay.trace.steps[call.step].seconds
-            call.blocks_evaluated = self.trace.num_blocks
+            call.blocks_evaluated = call.depth
             return output
         return None
 
     def watches_blocks(self, call: ModelCall) -> bool:
         return call.kind is not StepKind.FULL
 
-    def before_block(self, call: ModelCall, index: int, hidden: Tensor) -> Tensor | None:
+    def before_block(self, call: ModelCall, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams | None:
+        block = self._session.blocks[index]
+        if call is not self._call:
+            inputs = block.inputs(args, kwargs)
+            self._call, self._entry = call, [(stream.shape, stream.dtype, stream.device) for stream in inputs]
+            if call.kind is StepKind.REUSE and not self._fits(call):
+                call.kind = StepKind.CACHE
         if call.kind is not StepKind.REUSE or index > self.schedule.cutoff_block:
             return None
-        stored = self.stored.get(call.branch)
-        if stored is None or not _fits(stored, hidden):
-            call.kind = StepKind.CACHE
-            return None
-        return stored.clone() if index == self.schedule.cutoff_block else hidden
+        if index == self.schedule.cutoff_block:
+            return _cloned(self.stored[call.branch].outputs)
+        return block.inputs(args, kwargs)
 
-    def after_block(self, call: ModelCall, index: int, output: Tensor) -> None:
+    def after_block(self, call: ModelCall, index: int, outputs: Streams) -> None:
         if call.kind is StepKind.CACHE and index == self.schedule.cutoff_block:
-            self.stored[call.branch] = output.clone()
-            held = sum(tensor.nbytes for tensor in self.stored.values())
+            self.stored[call.branch] = Stored(self._entry, _cloned(outputs))
+            held = sum(stream.nbytes for stored in self.stored.values() for stream in stored.outputs)
             self.trace.cache_bytes = max(self.trace.cache_bytes, held)
+
+    def _fits(self, call: ModelCall) -> bool:
+        return call.branch in self.stored and self.stored[call.branch].entry == self._entry
+
+
+def _cloned(streams: Streams) -> Streams:
+    """A copy of our own, as some blocks work in place."""
+    return tuple(stream.clone() for stream in streams)
 
 
 @contextmanager
@@ -104,7 +129,3 @@ def schedule_for(plan: ReuseConfig | Schedule, num_steps: int, num_blocks: int) 
     if len(plan) != num_steps:
         raise ScheduleError(f"the schedule has {len(plan)} steps, the run has {num_steps}")
     return plan
-
-
-def _fits(stored: Tensor, hidden: Tensor) -> bool:
-    return stored.shape == hidden.shape and stored.dtype == hidden.dtype and stored.device == hidden.device

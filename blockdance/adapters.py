@@ -1,27 +1,103 @@
 """Where the blocks of a transformer are: one line per diffusers class, matched by class name."""
 
+import inspect
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from blockdance.errors import UnsupportedModelError
+
+Streams = tuple[Tensor, ...]
+"""What flows from block to block: the image's hidden state, and in some models the text's beside it."""
+
+
+IMAGE: tuple[str, ...] = ("hidden_states",)
+IMAGE_TEXT = ("hidden_states", "encoder_hidden_states")
+TEXT_IMAGE = ("encoder_hidden_states", "hidden_states")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """How to find a transformer's blocks, each taking and returning one hidden state (batch, tokens, width)."""
+    """Where a transformer's blocks are, and what they return."""
 
-    path: str
-    """Attribute that holds the ModuleList of blocks."""
+    returns: dict[str, tuple[str, ...]]
+    """For each ModuleList of blocks (by attribute path, in the order they run) the streams that a block returns, each named as
+    the parameter of its `forward` that takes it in. Several lists are one depth axis."""
+    interleaved: bool = False
+    """Whether the lists take turns, one block each."""
     conditional_first: bool = False
     """Order of a batch with both guidance branches: DiT puts the conditional half first, PixArt last."""
 
 
 STACKS = {
-    "PixArtTransformer2DModel": Stack("transformer_blocks"),
-    "DiTTransformer2DModel": Stack("transformer_blocks", conditional_first=True),
+    "AllegroTransformer3DModel": Stack({"transformer_blocks": IMAGE}),
+    "AuraFlowTransformer2DModel": Stack({"joint_transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": IMAGE}),
+    "ChromaTransformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": IMAGE}),
+    "CogVideoXTransformer3DModel": Stack({"transformer_blocks": IMAGE_TEXT}),
+    "CogView3PlusTransformer2DModel": Stack({"transformer_blocks": IMAGE_TEXT}),
+    "CogView4Transformer2DModel": Stack({"transformer_blocks": IMAGE_TEXT}),
+    "DiTTransformer2DModel": Stack({"transformer_blocks": IMAGE}, conditional_first=True),
+    "Flux2Transformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": IMAGE}),
+    "FluxTransformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": TEXT_IMAGE}),
+    "HunyuanVideoTransformer3DModel": Stack({"transformer_blocks": IMAGE_TEXT, "single_transformer_blocks": IMAGE_TEXT}),
+    "LTXVideoTransformer3DModel": Stack({"transformer_blocks": IMAGE}),
+    "LatteTransformer3DModel": Stack({"transformer_blocks": IMAGE, "temporal_transformer_blocks": IMAGE}, interleaved=True),
+    "Lumina2Transformer2DModel": Stack({"layers": IMAGE}),
+    "MochiTransformer3DModel": Stack({"transformer_blocks": IMAGE_TEXT}),
+    "PRXTransformer2DModel": Stack({"blocks": IMAGE}),
+    "PixArtTransformer2DModel": Stack({"transformer_blocks": IMAGE}),
+    "QwenImageTransformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE}),
+    "SD3Transformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE}),
+    "SanaTransformer2DModel": Stack({"transformer_blocks": IMAGE}),
+    "WanTransformer3DModel": Stack({"blocks": IMAGE}),
 }
+
+REFUSED = {
+    "HunyuanDiT2DModel": "its deep blocks read what shallow ones put out, over long skip connections",
+}
+"""Classes that reuse would break, and why."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block on the depth axis, and how to find its streams."""
+
+    module: nn.Module
+    streams: tuple[str, ...]
+    """What it returns, in this order, by the names of its `forward`'s parameters."""
+    places: tuple[int, ...]
+    """Where each of them stands among the positional arguments."""
+
+    @property
+    def image(self) -> int:
+        """Which of the returned streams is the image's."""
+        return next(k for k, name in enumerate(self.streams) if not name.startswith("encoder"))
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        """The streams among a call's arguments, in the order in which they are returned."""
+        return tuple(
+            args[place] if place < len(args) else kwargs[name] for place, name in zip(self.places, self.streams, strict=True)
+        )
+
+    def outputs(self, returned: Any) -> Streams:
+        """The streams of what the block returned."""
+        return returned if len(self.streams) > 1 else (returned,)
+
+    def returning(self, streams: Streams) -> Any:
+        """What the block would return for these streams."""
+        return streams if len(self.streams) > 1 else streams[0]
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """The parameters of its class's `forward`; an instance may carry a wrapped one."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def located(module: nn.Module, streams: tuple[str, ...]) -> Block:
+    """The block with its streams' places in the signature."""
+    return Block(module, streams, tuple(map(parameter_names(module).index, streams)))
 
 
 def transformer_of(pipe: Any) -> nn.Module:
@@ -40,35 +116,37 @@ def transformer_of(pipe: Any) -> nn.Module:
     raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer; pass a diffusers pipeline that has one")
 
 
-def stack_of(transformer: nn.Module) -> Stack:
-    """The adapter of a transformer, found by class name over its bases.
+def stack_of(transformer: nn.Module) -> Stack | None:
+    """The adapter of a transformer, found by class name over its bases; None if there is none.
 
     Raises:
-        UnsupportedModelError: no adapter.
+        UnsupportedModelError: a class that reuse would break.
     """
     for base in type(transformer).__mro__:
+        if base.__name__ in REFUSED:
+            raise UnsupportedModelError(f"{base.__name__} is refused: {REFUSED[base.__name__]}")
         if base.__name__ in STACKS:
             return STACKS[base.__name__]
-    supported = ", ".join(STACKS)
-    raise UnsupportedModelError(f"{type(transformer).__name__} is not supported; supported are {supported}")
+    return None
 
 
-def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+def blocks_of(transformer: nn.Module, stack: Stack) -> list[Block]:
     """The transformer's blocks in the order they run.
 
     Raises:
-        UnsupportedModelError: no adapter, fewer than two blocks, or one block used twice.
+        UnsupportedModelError: fewer than two blocks, or one block used twice.
     """
-    blocks = list(getattr(transformer, stack_of(transformer).path))
+    lists = [[located(module, names) for module in getattr(transformer, path)] for path, names in stack.returns.items()]
+    blocks = list(chain(*zip(*lists, strict=True))) if stack.interleaved else list(chain(*lists))
     if len(blocks) < 2:
         raise UnsupportedModelError(f"reuse needs at least 2 blocks, {type(transformer).__name__} has {len(blocks)}")
-    if len({id(block) for block in blocks}) < len(blocks):
+    if len({id(block.module) for block in blocks}) < len(blocks):
         raise UnsupportedModelError(f"{type(transformer).__name__} runs one block twice; its outputs cannot be told apart")
     return blocks
 
 
 def guidance_rows(
-    transformer: nn.Module, branch: int, kwargs: dict[str, Any], model_rows: int, sample_rows: int
+    transformer: nn.Module, stack: Stack, branch: int, kwargs: dict[str, Any], model_rows: int, sample_rows: int
 ) -> dict[str, slice]:
     """Which rows of one transformer call belong to which guidance branch.
 
@@ -81,8 +159,7 @@ def guidance_rows(
     if model_rows != 2 * sample_rows and not _half_null_labels(transformer, kwargs):
         return {"conditional": slice(0, model_rows)}
     halves = slice(0, model_rows // 2), slice(model_rows // 2, model_rows)
-    conditional_first = stack_of(transformer).conditional_first
-    names = ("conditional", "unconditional") if conditional_first else ("unconditional", "conditional")
+    names = ("conditional", "unconditional") if stack.conditional_first else ("unconditional", "conditional")
     return dict(zip(names, halves, strict=True))
 
 

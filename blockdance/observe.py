@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot, vector_norm
+from torch.linalg import vector_norm
 
-from blockdance.adapters import guidance_rows
+from blockdance.adapters import Streams, guidance_rows
 from blockdance.errors import SessionError
-from blockdance.session import ModelCall, Part, Session, joined
+from blockdance.scheduled import joined
+from blockdance.session import ModelCall, Part, Session
 
 SMALLEST = 1e-16
 """A token without length has cosine 0 with any other, not NaN, which means that nothing was compared."""
@@ -51,23 +52,20 @@ class Observation:
         return torch.stack([seen.get(step, missing) for step in range(self.num_steps)], dim=1).cpu()
 
 
-class Held(NamedTuple):
-    """A block's last output: the step it is from, our own copy (b, t, d), and the lengths of its tokens (b, t)."""
+@dataclass(slots=True)
+class Held:
+    """The last output of a block, and of each of its tokens the three lengths that compare it with the one a step before.
+
+    Lengths are L2 norms, float32 (b, t); NaN where there is nothing to compare.
+    """
 
     step: int
     output: Tensor
+    """Our own copy, (b, t, d)."""
     lengths: Tensor
-
-
-class Pair(NamedTuple):
-    """What is needed of a block's outputs at adjacent steps; NaN where there is nothing to compare."""
-
-    dots: Tensor
-    """Of each token with itself one step earlier, (b, t)."""
     lengths_before: Tensor
-    lengths: Tensor
     moved: Tensor
-    """L2 norm of the difference, (b,)."""
+    """Of the difference."""
 
 
 class Observer(Part):
@@ -86,41 +84,63 @@ class Observer(Part):
         self.observation._cosine.clear()
         self.observation._change.clear()
         self._held: dict[tuple[int, int], Held] = {}
-        self._pairs: dict[tuple[int, int], Pair] = {}
 
     def watches_blocks(self, call: ModelCall) -> bool:
         return not call.stage
 
-    def after_block(self, call: ModelCall, index: int, output: Tensor) -> None:
-        place, current = (call.branch, index), output.detach()
+    def after_block(self, call: ModelCall, index: int, outputs: Streams) -> None:
+        image = outputs[self.session.blocks[index].image].detach()
+        place, current = (call.branch, index), image.reshape(call.rows, -1, image.shape[-1])
         held = self._held.get(place)
         if held is None or held.step != call.step - 1 or held.output.shape != current.shape:
             unknown = torch.full_like(current, torch.nan)
-            held = Held(call.step - 1, unknown, unknown[..., 0].float())
-        before, now = held.output.float(), current.float()
-        lengths = vector_norm(now, dim=-1)
-        self._pairs[place] = Pair(vecdot(before, now), held.lengths, lengths, vector_norm(now - before, dim=(1, 2)))
-        self._held[place] = Held(call.step, held.output.copy_(current), lengths)
+            held = self._held[place] = Held(call.step, unknown, *[token_lengths(unknown)] * 3)
+        held.step, held.lengths_before = call.step, held.lengths
+        held.moved = token_lengths(held.output.sub_(current))
+        held.lengths = token_lengths(held.output.copy_(current))
 
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
         for call in (call for call in calls if not call.stage):
-            pairs = [self._pairs.get((call.branch, index)) for index in range(self.session.num_blocks)]
-            known = next((pair for pair in pairs if pair is not None), None)
-            if known is None:
+            fresh = {index: held for (branch, index), held in self._held.items() if (branch, held.step) == (call.branch, step)}
+            if not fresh:
                 continue
-            missing = Pair(*(torch.full_like(part, torch.nan) for part in known))
-            cosine, change = compare(Pair(*map(torch.stack, zip(*(pair or missing for pair in pairs), strict=True))))
-            rows = guidance_rows(self.session.transformer, call.branch, call.kwargs, cosine.shape[1], sample_rows)
+            session = self.session
+            cosine, change = compare(fresh, session.num_blocks)
+            rows = guidance_rows(session.transformer, session.stack, call.branch, call.kwargs, call.rows, sample_rows)
             for branch, part in rows.items():
                 self.observation._cosine.setdefault(branch, {})[step] = cosine[:, part]
                 self.observation._change.setdefault(branch, {})[step] = change[:, part]
-        self._pairs.clear()
 
 
-def compare(pairs: Pair) -> tuple[Tensor, Tensor]:
-    """Cosine similarity, mean over tokens, and relative L2 change, (num_blocks, b) each, of pairs stacked over blocks."""
-    cosine = pairs.dots / (pairs.lengths_before * pairs.lengths).clamp_min(SMALLEST)  # (num_blocks, b, t)
-    return cosine.mean(dim=-1), pairs.moved / vector_norm(pairs.lengths_before, dim=-1)
+def token_lengths(states: Tensor) -> Tensor:
+    """The L2 norm of every token, float32 (b, t)."""
+    return vector_norm(states, dim=-1, dtype=torch.float32)
+
+
+def compare(fresh: dict[int, Held], num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarity, mean over tokens, and relative L2 change, (num_blocks, b) each; NaN for a block that is not given.
+
+    Blocks with equally many tokens (in most models all) are compared in one go.
+    """
+    any_held = next(iter(fresh.values()))
+    cosine, change = torch.full((2, num_blocks, len(any_held.moved)), torch.nan, device=any_held.moved.device)
+    for tokens in {held.moved.shape for held in fresh.values()}:
+        same = {index: held for index, held in fresh.items() if held.moved.shape == tokens}
+        before = torch.stack([held.lengths_before for held in same.values()])
+        now = torch.stack([held.lengths for held in same.values()])
+        moved = torch.stack([held.moved for held in same.values()])
+        cosine[list(same)] = cosine_of_sides(before, now, moved).mean(dim=-1)
+        change[list(same)] = vector_norm(moved, dim=-1) / vector_norm(before, dim=-1)
+    return cosine, change
+
+
+def cosine_of_sides(before: Tensor, now: Tensor, moved: Tensor) -> Tensor:
+    """The cosine of the angle between two sides of a triangle, from its three lengths.
+
+    For nearly equal vectors this is far more exact than their product over their lengths: what is subtracted from 1 is small.
+    """
+    product = before * now
+    return torch.where(product <= SMALLEST, 0, 1 - (moved.square() - (before - now).square()) / (2 * product))
 
 
 @contextmanager

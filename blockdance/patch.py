@@ -6,15 +6,18 @@ a run is ever kept on the model, and threads that share a model do not see each 
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from blockdance.errors import SessionError
+
 if TYPE_CHECKING:
+    from blockdance.apply import Applied
     from blockdance.session import Session
 
 ACTIVE: ContextVar[tuple["Session", ...]] = ContextVar("blockdance_sessions", default=())
@@ -58,6 +61,11 @@ def block_class(cls: type[nn.Module]) -> type:
     return _derive(cls, {"__call__": __call__})
 
 
+def in_a_session(transformer: Any) -> bool:
+    """Whether it is inside `accelerate`, `observe` or `record` anywhere."""
+    return isinstance(transformer, _Swapped) and not applied_to(transformer)
+
+
 @functools.cache
 def transformer_class(cls: type[nn.Module]) -> type:
     """A transformer whose calls go through the session that owns it."""
@@ -69,6 +77,45 @@ def transformer_class(cls: type[nn.Module]) -> type:
         return cls.__call__(self, *args, **kwargs)
 
     return _derive(cls, {"__call__": __call__})
+
+
+def applied_class(applied: "Applied") -> Callable[[type], type]:
+    """Makes the class of a transformer whose calls go through `applied`, which the class itself holds."""
+
+    def make(cls: type) -> type:
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return applied.run_model(cls.__call__, self, args, kwargs)
+
+        @contextmanager
+        def cache_context(self: Any, name: str, **where: Any) -> Iterator[None]:
+            with ExitStack() as stack:
+                if hasattr(cls, "cache_context"):
+                    stack.enter_context(cls.cache_context(self, name, **where))
+                stack.enter_context(applied.session().inside(name, **where))
+                yield
+
+        def _reset_stateful_cache(self: Any, recurse: bool = True) -> None:
+            if hasattr(cls, "_reset_stateful_cache"):
+                cls._reset_stateful_cache(self, recurse)
+            applied.reset()
+
+        members = {"__call__": __call__, "cache_context": cache_context, "_reset_stateful_cache": _reset_stateful_cache}
+        return _derive(cls, {"blockdance_applied": applied} | members)
+
+    return make
+
+
+def applied_to(transformer: Any) -> "Applied | None":
+    """What `apply_block_dance` put on the transformer, if anything."""
+    return getattr(type(transformer), "blockdance_applied", None)
+
+
+def check_free(transformer: Any) -> None:
+    """Raise SessionError if something else decides which of the transformer's blocks run."""
+    if applied_to(transformer):
+        raise SessionError("this transformer is accelerated already by apply_block_dance or enable_cache; remove that first")
+    if getattr(transformer, "is_cache_enabled", False):
+        raise SessionError(f"{type(transformer).__name__} has another cache enabled; call its disable_cache first")
 
 
 @functools.cache
@@ -92,18 +139,28 @@ def scheduler_class(cls: type) -> type:
     return _derive(cls, {name: told(name) for name in names})
 
 
-@contextmanager
-def swapped(thing: Any, make_class: Any) -> Iterator[None]:
-    """Swap the class of `thing`; the last of several users, in any thread, puts the original back."""
+def swap_in(thing: Any, make_class: Callable[[type], type]) -> None:
+    """Swap the class of `thing`, or count one more user of the swapped one."""
     with _users_lock:
         _users[thing] = _users.get(thing, 0) + 1
         if _users[thing] == 1:
             thing.__class__ = make_class(type(thing))
+
+
+def swap_out(thing: Any) -> None:
+    """One user less; the last one, in any thread, puts the original class back."""
+    with _users_lock:
+        _users[thing] -= 1
+        if not _users[thing]:
+            del _users[thing]
+            thing.__class__ = original_class(type(thing))
+
+
+@contextmanager
+def swapped(thing: Any, make_class: Callable[[type], type]) -> Iterator[None]:
+    """`swap_in`, and `swap_out` whatever happens."""
+    swap_in(thing, make_class)
     try:
         yield
     finally:
-        with _users_lock:
-            _users[thing] -= 1
-            if not _users[thing]:
-                del _users[thing]
-                thing.__class__ = original_class(type(thing))
+        swap_out(thing)

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor, nn
 
 from blockdance.adapters import transformer_of
 from blockdance.errors import SessionError
 from blockdance.schedule import Schedule
-from blockdance.session import ModelCall, Part, Session
+from blockdance.session import ModelCall, Part, Session, same_tensors, tensors_of
 from blockdance.trace import OnStep, Trace, traced
 
 Key = tuple[int, int, int]
@@ -35,7 +34,7 @@ class Recording:
         """
         key = _key(call)
         finished = call.step < len(self.trace.steps) and key in self.outputs
-        same = finished and _equal(self.inputs[key], _tensors(call))
+        same = finished and same_tensors(self.inputs[key], tensors_of(call.args, call.kwargs))
         if not same:
             raise SessionError(
                 f"step {call.step} cannot be replayed: the recording was made with another prompt, seed, "
@@ -58,7 +57,7 @@ class Recorder(Part):
         self.recording.outputs.clear()
 
     def begin_call(self, call: ModelCall) -> None:
-        self.recording.inputs[_key(call)] = [tensor.clone() for tensor in _tensors(call)]
+        self.recording.inputs[_key(call)] = [tensor.clone() for tensor in tensors_of(call.args, call.kwargs)]
 
     def end_call(self, call: ModelCall, output: Any) -> None:
         self.recording.outputs[_key(call)] = _copied(output)
@@ -86,20 +85,6 @@ def record(pipe: Any, *, on_step: OnStep | None = None) -> Iterator[Recording]:
 
 def _key(call: ModelCall) -> Key:
     return call.step, call.stage, call.branch
-
-
-def _tensors(call: ModelCall) -> list[Tensor]:
-    """The tensors among a call's arguments, also those inside dictionaries such as `added_cond_kwargs`."""
-    values = (*call.args, *call.kwargs.values())
-    leaves = [leaf for value in values for leaf in (value.values() if isinstance(value, dict) else [value])]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return len(ours) == len(theirs) and all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-        for a, b in zip(ours, theirs, strict=True)
-    )
 
 
 def _copied(output: Any) -> Any:

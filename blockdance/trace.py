@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from blockdance.schedule import Schedule, StepKind
-from blockdance.session import ModelCall, Part, Session, joined
+from blockdance.scheduled import joined
+from blockdance.session import ModelCall, Part, Session
 
 OnStep = Callable[[int, int], None]
 """Called with (finished step, number of steps) after each step; raising from it cancels the run."""
@@ -25,7 +26,7 @@ class StepRecord:
     blocks_evaluated: int
     """Blocks that ran, over all calls of the step (a replayed step counts what ran when it was recorded)."""
     blocks_total: int
-    """Blocks the plain pipeline runs in this step: the depth times the calls."""
+    """Blocks the plain pipeline runs in this step, over all its calls."""
     seconds: float
     """Wall time of the whole step, scheduler included; of the recorded run for a replayed step."""
     replayed: bool
@@ -121,7 +122,7 @@ class Tracer(Part):
             StepRecord(
                 kind=kinds.pop() if len(kinds) == 1 else StepKind.CACHE,
                 blocks_evaluated=sum(call.blocks_evaluated for call in calls),
-                blocks_total=self.trace.num_blocks * len(calls),
+                blocks_total=sum(call.depth for call in calls),
                 seconds=replayed[0] if replayed else now - self._last,
                 replayed=bool(replayed),
                 spent_seconds=now - self._last,

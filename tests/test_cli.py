@@ -25,8 +25,8 @@ KEYS = {
     "speedup_ideal", "block_evaluations", "baseline_block_evaluations", "lpips", "lpips_name", "ssim", "psnr", "cache_bytes",
 }  # fmt: skip
 OPTIONS = [
-    "--steps", "--seed", "--guidance", "--sampler", "--reuse-interval", "--cutoff-block", "--window-start", "--window-end",
-    "--out",
+    "--model", "--steps", "--seed", "--guidance", "--sampler", "--reuse-interval", "--cutoff-block", "--window-start",
+    "--window-end", "--out",
 ]  # fmt: skip
 
 

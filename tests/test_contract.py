@@ -181,6 +181,18 @@ def test_every_scheduler_counts_ten_steps(scheduler: Any, calls: int) -> None:
     assert trace.baseline_block_evaluations == calls * BLOCKS
 
 
+def test_image_to_image_counts_only_the_steps_it_runs(case: Case) -> None:
+    pipe = case.build()
+    pipe.scheduler = DPMSolverMultistepScheduler()
+    with torch.no_grad(), accelerate(pipe, ReuseConfig(2, 3, 0.5, 1.0)) as trace:
+        pipe.scheduler.set_timesteps(10)
+        pipe.scheduler.set_begin_index(4)
+        for timestep in pipe.scheduler.timesteps[4:]:
+            pipe.transformer(**case.inputs(1))
+            pipe.scheduler.step(torch.zeros(1, 4, 8, 8), timestep, torch.zeros(1, 4, 8, 8))
+    assert trace.kinds == "fffcrc"
+
+
 def test_a_stored_tensor_that_does_not_fit_is_never_used(case: Case) -> None:
     pipe = case.build()
     large, small = case.inputs(batch=4), case.inputs(batch=2)
@@ -396,7 +408,7 @@ class _Pipe:
     [
         (_Pipe(unet=_Other(), scheduler=object()), "DeepCache"),
         (_Pipe(), "no transformer"),
-        (_Pipe(transformer=_Other()), "_Other is not supported; supported are PixArt"),
+        (_Pipe(transformer=_Other()), "_Other has no list of blocks"),
         (_Pipe(transformer=pixart().transformer, scheduler=object()), "needs set_timesteps and step"),
     ],
 )

@@ -23,10 +23,10 @@ def vae() -> AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
 
 
-def dit() -> DiTPipeline:
+def dit(size: int = 8) -> DiTPipeline:
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=BLOCKS, sample_size=8,
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=BLOCKS, sample_size=size,
         patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
     return quiet(DiTPipeline(transformer.eval(), vae().eval(), DDIMScheduler()))

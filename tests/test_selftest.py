@@ -1,0 +1,114 @@
+"""Transformers without an adapter: accepted where reuse is exact, refused where it is not."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blockdance import ReuseConfig, Schedule, UnsupportedModelError, accelerate
+from blockdance.adapters import REFUSED, STACKS
+from tests.test_adapters import Loop
+from tests.zoo import ZOO, Tiny
+
+SCHEDULE = Schedule.parse("fccrrf", 1)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, moment: Tensor) -> Tensor:
+        return hidden_states + torch.tanh(self.linear(hidden_states) + moment)
+
+
+class Plain(nn.Module):
+    """Blocks in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(4))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, moment=timestep[:, None, None] / 1000)
+        return (hidden_states,)
+
+
+class LongSkip(Plain):
+    """The last block also reads what the first put out."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        moment = timestep[:, None, None] / 1000
+        first = hidden_states = self.layers[0](hidden_states, moment)
+        for layer in self.layers[1:-1]:
+            hidden_states = layer(hidden_states, moment)
+        return (self.layers[-1](hidden_states + first, moment),)
+
+
+class Random(Plain):
+    """Never the same twice."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(hidden_states + torch.randn_like(hidden_states), timestep)
+
+
+def toy(build: type[nn.Module]) -> Loop:
+    def inputs(batch: int) -> dict[str, Any]:
+        return {"hidden_states": torch.ones(batch, 3, 4), "timestep": torch.full((batch,), 500.0)}
+
+    torch.manual_seed(0)
+    return Loop(Tiny(build.__name__, build, inputs, num_blocks=4))
+
+
+def zoo_loop(name: str) -> Loop:
+    return Loop(next(tiny for tiny in ZOO if tiny.name == name))
+
+
+def test_an_unknown_model_that_reuses_exactly_is_accepted() -> None:
+    loop = toy(Plain)
+    plain = loop()
+    with accelerate(loop, SCHEDULE) as trace:
+        assert not torch.equal(plain, loop())
+        assert trace.kinds == str(SCHEDULE)
+        assert trace.block_evaluations == 4 * 4 + 2 * 2
+    assert torch.equal(plain, loop())
+
+
+@pytest.mark.parametrize("build", [LongSkip, Random])
+def test_an_unknown_model_that_does_not_is_refused_and_left_alone(build: type[nn.Module]) -> None:
+    loop = toy(build)
+    classes = [type(module) for module in loop.transformer.modules()]
+    with (
+        pytest.raises(UnsupportedModelError, match=f"{build.__name__} has no adapter and failed the self-test"),
+        accelerate(loop, SCHEDULE),
+    ):
+        loop()
+    assert [type(module) for module in loop.transformer.modules()] == classes
+
+
+@pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "SD3Transformer2DModel", "WanTransformer3DModel"])
+def test_without_its_adapter_a_known_model_gives_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = zoo_loop(name)
+    with accelerate(loop, SCHEDULE):
+        expected = loop()
+    monkeypatch.delitem(STACKS, name)
+    with accelerate(loop, SCHEDULE):
+        assert torch.equal(expected, loop())
+
+
+def test_long_skip_connections_are_refused_by_name_and_by_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = zoo_loop("HunyuanDiT2DModel")
+    with pytest.raises(UnsupportedModelError, match="long skip connections"), accelerate(loop, ReuseConfig()):
+        pass
+    monkeypatch.delitem(REFUSED, "HunyuanDiT2DModel")
+    with pytest.raises(UnsupportedModelError, match="failed the self-test"), accelerate(loop, SCHEDULE):
+        loop()
+
+
+def test_what_is_wrong_with_the_call_itself_is_said_as_it_is() -> None:
+    loop = toy(Plain)
+    with pytest.raises(RuntimeError, match=r"size of tensor|mat1"), accelerate(loop, SCHEDULE):
+        loop.scheduler.set_timesteps(6)
+        loop.transformer(torch.ones(1, 3, 5), torch.ones(1))

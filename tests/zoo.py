@@ -1,0 +1,269 @@
+"""A tiny random model of every class that has an adapter (DiT and PixArt are in tests/tiny.py), and inputs for a call of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+TEXT = 5
+"""Tokens of text."""
+WIDTH = 16
+"""Numbers per token of text, and of everything else whose size does not matter."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A class, how to build a tiny one, and what to call it with."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], dict[str, Any]]
+    """Arguments of one call at a batch size, the same each time; the output has the shape of the latent among them."""
+    num_blocks: int = 4
+    latent: str = "hidden_states"
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """Give every parameter that starts at zero (gates, output layers) random values, so that all blocks matter."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def tiny(name: str, config: dict[str, Any], num_blocks: int = 4, **inputs: Any) -> Tiny:
+    """Of a diffusers class; an input is the shape of one sample's tensor (a tuple), or a function of the batch size."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return awake(getattr(diffusers, name)(**config))
+
+    def arguments(batch: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(1)
+        return {
+            key: torch.randn(batch, *what, generator=generator) if isinstance(what, tuple) else what(batch)
+            for key, what in ({"timestep": moments} | inputs).items()
+        }
+
+    return Tiny(name, build, arguments, num_blocks)
+
+
+def moments(batch: int) -> Tensor:
+    return torch.full((batch,), 500.0)
+
+
+def kept(batch: int) -> Tensor:
+    """A mask of text tokens that drops the last."""
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    mask[:, -1] = False
+    return mask
+
+
+def all_kept(batch: int) -> Tensor:
+    return torch.ones(batch, TEXT, dtype=torch.bool)
+
+
+def positions(tokens: int, axes: int = 3) -> Callable[[int], Tensor]:
+    """Coordinates of tokens for rotary embeddings, which samples share."""
+    return lambda _: torch.arange(tokens * axes).reshape(tokens, axes) % tokens
+
+
+def pairs(*values: float) -> Callable[[int], Tensor]:
+    """The same numbers for every sample."""
+    return lambda batch: torch.tensor([values] * batch)
+
+
+def rotary(tokens: int, width: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Cosines and sines of rotary embeddings, which samples share."""
+    angles = torch.arange(tokens * width, dtype=torch.float32).reshape(tokens, width)
+    return lambda _: (angles.cos(), angles.sin())
+
+
+def rotary_3d(*sizes: int) -> tuple[Any, Any]:
+    """Allegro's: cosines and sines by coordinate for each of the three axes, and every token's coordinates."""
+    angles = [torch.arange(size * 4.0).reshape(size, 4) for size in sizes]
+    places = torch.cartesian_prod(*map(torch.arange, sizes))  # (tokens, 3)
+    return tuple((angle.cos(), angle.sin()) for angle in angles), tuple(places.T[:, None])
+
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
+IMAGE = (4, 8, 8)
+VIDEO = (4, 2, 8, 8)
+WORDS = (TEXT, WIDTH)
+
+ZOO = [
+    tiny(
+        "SD3Transformer2DModel",
+        {
+            **HEADS, "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 4, "joint_attention_dim": WIDTH,
+            "caption_projection_dim": 16, "pooled_projection_dim": WIDTH, "pos_embed_max_size": 8,
+            "dual_attention_layers": (0,),
+        },
+        hidden_states=IMAGE, encoder_hidden_states=WORDS, pooled_projections=(WIDTH,),
+    ),
+    tiny(
+        "FluxTransformer2DModel",
+        {
+            **HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 3, "joint_attention_dim": WIDTH,
+            "pooled_projection_dim": WIDTH, "axes_dims_rope": (4, 2, 2),
+        },
+        num_blocks=5,
+        hidden_states=(16, 4), encoder_hidden_states=WORDS, pooled_projections=(WIDTH,),
+        img_ids=positions(16), txt_ids=positions(TEXT),
+    ),
+    tiny(
+        "Flux2Transformer2DModel",
+        {
+            **HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 3, "joint_attention_dim": WIDTH,
+            "timestep_guidance_channels": 8, "axes_dims_rope": (2, 2, 2, 2),
+        },
+        num_blocks=5,
+        hidden_states=(16, 4), encoder_hidden_states=WORDS, img_ids=positions(16, 4), txt_ids=positions(TEXT, 4),
+        guidance=lambda batch: torch.full((batch,), 4.0),
+    ),
+    tiny(
+        "ChromaTransformer2DModel",
+        {
+            **HEADS, "in_channels": 4, "num_layers": 2, "num_single_layers": 3, "joint_attention_dim": WIDTH,
+            "axes_dims_rope": (4, 2, 2), "approximator_num_channels": 8, "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        num_blocks=5,
+        hidden_states=(16, 4), encoder_hidden_states=WORDS, img_ids=positions(16), txt_ids=positions(TEXT),
+    ),
+    tiny(
+        "AuraFlowTransformer2DModel",
+        {
+            **HEADS, "sample_size": 8, "num_mmdit_layers": 2, "num_single_dit_layers": 3, "joint_attention_dim": WIDTH,
+            "caption_projection_dim": 16, "pos_embed_max_size": 16,
+        },
+        num_blocks=5,
+        hidden_states=IMAGE, encoder_hidden_states=WORDS,
+    ),
+    tiny(
+        "QwenImageTransformer2DModel",
+        {
+            **HEADS, "in_channels": 16, "out_channels": 4, "num_layers": 4, "joint_attention_dim": WIDTH,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        hidden_states=(16, 16), encoder_hidden_states=WORDS, encoder_hidden_states_mask=all_kept,
+        img_shapes=lambda batch: [[(1, 4, 4)]] * batch,
+    ),
+    tiny(
+        "SanaTransformer2DModel",
+        {
+            **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 4, "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": WIDTH, "sample_size": 8,
+        },
+        hidden_states=IMAGE, encoder_hidden_states=WORDS,
+    ),
+    tiny(
+        "Lumina2Transformer2DModel",
+        {
+            "sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 4, "num_refiner_layers": 1,
+            "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (32, 32, 32), "cap_feat_dim": WIDTH,
+        },
+        hidden_states=IMAGE, encoder_hidden_states=WORDS, encoder_attention_mask=kept,
+    ),
+    tiny(
+        "PRXTransformer2DModel",
+        {"in_channels": 4, "context_in_dim": WIDTH, "hidden_size": 16, "num_heads": 2, "depth": 4, "axes_dim": [4, 4]},
+        hidden_states=IMAGE, encoder_hidden_states=WORDS, attention_mask=kept,
+    ),
+    tiny(
+        "CogView4Transformer2DModel",
+        {
+            **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 4, "text_embed_dim": WIDTH, "time_embed_dim": 8,
+            "condition_dim": 4, "pos_embed_max_size": 8, "sample_size": 8, "rope_axes_dim": (8, 8),
+        },
+        hidden_states=IMAGE, encoder_hidden_states=WORDS,
+        original_size=pairs(64.0, 64.0), target_size=pairs(64.0, 64.0), crop_coords=pairs(0.0, 0.0),
+    ),
+    tiny(
+        "CogView3PlusTransformer2DModel",
+        {
+            **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 4, "text_embed_dim": WIDTH, "time_embed_dim": 8,
+            "condition_dim": 4, "pos_embed_max_size": 8, "sample_size": 8,
+        },
+        hidden_states=IMAGE, encoder_hidden_states=WORDS,
+        original_size=pairs(64.0, 64.0), target_size=pairs(64.0, 64.0), crop_coords=pairs(0.0, 0.0),
+    ),
+    tiny(
+        "LTXVideoTransformer3DModel",
+        {
+            **HEADS, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 16, "num_layers": 4, "caption_channels": WIDTH,
+        },
+        hidden_states=(32, 4), encoder_hidden_states=WORDS, encoder_attention_mask=kept,
+        num_frames=lambda _: 2, height=lambda _: 4, width=lambda _: 4,
+    ),
+    tiny(
+        "WanTransformer3DModel",
+        {
+            **HEADS, "in_channels": 4, "out_channels": 4, "text_dim": WIDTH, "freq_dim": 8, "ffn_dim": 32, "num_layers": 4,
+            "rope_max_seq_len": 32,
+        },
+        hidden_states=VIDEO, encoder_hidden_states=WORDS,
+    ),
+    tiny(
+        "HunyuanVideoTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+            "num_single_layers": 3, "num_refiner_layers": 1, "text_embed_dim": WIDTH, "pooled_projection_dim": WIDTH,
+            "rope_axes_dim": (4, 2, 2),
+        },
+        num_blocks=5,
+        hidden_states=VIDEO, encoder_hidden_states=WORDS, encoder_attention_mask=kept, pooled_projections=(WIDTH,),
+        guidance=lambda batch: torch.full((batch,), 4.0),
+    ),
+    tiny(
+        "MochiTransformer3DModel",
+        {
+            **HEADS, "in_channels": 4, "num_layers": 4, "pooled_projection_dim": 16, "text_embed_dim": WIDTH,
+            "time_embed_dim": 8, "max_sequence_length": TEXT,
+        },
+        hidden_states=VIDEO, encoder_hidden_states=WORDS, encoder_attention_mask=kept,
+    ),
+    tiny(
+        "AllegroTransformer3DModel",
+        {
+            "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 4, "cross_attention_dim": 24,
+            "sample_height": 8, "sample_width": 8, "sample_frames": 2, "caption_channels": WIDTH,
+        },
+        hidden_states=VIDEO, encoder_hidden_states=WORDS,
+        attention_mask=lambda batch: torch.ones(batch, 2, 8, 8), encoder_attention_mask=kept,
+        image_rotary_emb=lambda _: rotary_3d(2, 4, 4),
+    ),
+    tiny(
+        "CogVideoXTransformer3DModel",
+        {
+            **HEADS, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": WIDTH, "num_layers": 4,
+            "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT,
+        },
+        hidden_states=(2, 4, 8, 8), encoder_hidden_states=WORDS,
+    ),
+    tiny(
+        "LatteTransformer3DModel",
+        {
+            **HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "cross_attention_dim": 16, "sample_size": 8,
+            "patch_size": 2, "caption_channels": WIDTH, "video_length": 2, "norm_type": "ada_norm_single",
+            "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False, "activation_fn": "gelu-approximate",
+            "attention_bias": True,
+        },
+        hidden_states=VIDEO, encoder_hidden_states=WORDS,
+    ),
+    tiny(
+        "HunyuanDiT2DModel",
+        {
+            **HEADS, "in_channels": 4, "patch_size": 2, "sample_size": 8, "hidden_size": 16, "num_layers": 4,
+            "cross_attention_dim": WIDTH, "cross_attention_dim_t5": WIDTH, "pooled_projection_dim": 4, "text_len": TEXT,
+            "text_len_t5": TEXT, "learn_sigma": False, "activation_fn": "gelu-approximate",
+        },
+        hidden_states=IMAGE, encoder_hidden_states=WORDS, text_embedding_mask=kept, encoder_hidden_states_t5=WORDS,
+        text_embedding_mask_t5=kept, image_meta_size=lambda batch: torch.ones(batch, 6),
+        style=lambda batch: torch.zeros(batch, dtype=torch.long), image_rotary_emb=rotary(16, 8),
+    ),
+]  # fmt: skip
