@@ -50,6 +50,8 @@ STACKS = {
     "PixArtTransformer2DModel": Stack({"transformer_blocks": IMAGE}),
     "QwenImageTransformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE}),
     "SD3Transformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE}),
+    "STDiT": Stack({"blocks": ("x",)}, conditional_first=True),
+    "STDiT3": Stack({"spatial_blocks": ("x",), "temporal_blocks": ("x",)}, interleaved=True, conditional_first=True),
     "SanaTransformer2DModel": Stack({"transformer_blocks": IMAGE}),
     "WanTransformer3DModel": Stack({"blocks": IMAGE}),
 }

@@ -1,14 +1,23 @@
 """The paper's models by short names, with the paper's settings, and any diffusers pipeline in a folder."""
 
-from dataclasses import dataclass
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from huggingface_hub import constants, hf_hub_download
+from transformers import AutoTokenizer, T5EncoderModel
 
 from blockdance.demo import load_demo_pipeline
 from blockdance.errors import UnsupportedModelError
+from blockdance.models.opensora import OpenSoraPipeline
+from blockdance.models.stdit import STDiT
 from blockdance.schedule import ReuseConfig
 
 DEMO = "demo"
@@ -26,17 +35,33 @@ class Preset:
     """A key of `analysis.experiment.SAMPLERS`."""
     steps: int
     guidance: float
+    checkpoint: str | None = None
+    """File in the repository, where it holds no diffusers pipeline but the transformer alone."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """What that transformer is built with."""
 
 
 DIT = ReuseConfig(reuse_interval=2, cutoff_block=20, window_start=0.25, window_end=0.95)
 PIXART = ReuseConfig(reuse_interval=2, cutoff_block=20, window_start=0.40, window_end=0.95)
+OPEN_SORA = ReuseConfig(reuse_interval=2, cutoff_block=20, window_start=0.25, window_end=0.95)
+T5 = "DeepFloyd/t5-v1_1-xxl"
+FRAME_DECODER = "stabilityai/sd-vae-ft-ema"
+REACH_SECONDS = 3.0
+"""How long to wait for the hub before doing without."""
 PRESETS = {
     "dit-xl-2-256": Preset("facebook/DiT-XL-2-256", DIT, "DDIM", 50, 4.0),
     "dit-xl-2-512": Preset("facebook/DiT-XL-2-512", DIT, "DDIM", 50, 4.0),
     "pixart-xl-2-256": Preset("PixArt-alpha/PixArt-XL-2-256x256", PIXART, "DPM-Solver++", 30, 4.5),
     "pixart-xl-2-512": Preset("PixArt-alpha/PixArt-XL-2-512x512", PIXART, "DPM-Solver++", 30, 4.5),
     "pixart-xl-2-1024": Preset("PixArt-alpha/PixArt-XL-2-1024-MS", PIXART, "DPM-Solver++", 30, 4.5),
-}
+    "open-sora-1.0-16x256x256": Preset(
+        "hpcai-tech/Open-Sora", OPEN_SORA, "DDIM", 50, 7.0, "OpenSora-v1-HQ-16x256x256.pth",
+        {"input_size": (16, 32, 32), "space_scale": 0.5},
+    ),
+    "open-sora-1.0-16x512x512": Preset(
+        "hpcai-tech/Open-Sora", OPEN_SORA, "DDIM", 50, 7.0, "OpenSora-v1-HQ-16x512x512.pth", {"input_size": (16, 64, 64)},
+    ),
+}  # fmt: skip
 
 
 def load_pipeline(model: str) -> Any:
@@ -50,14 +75,64 @@ def load_pipeline(model: str) -> Any:
     if model not in PRESETS and not (Path(model) / "model_index.json").is_file():
         names = ", ".join([DEMO, *PRESETS])
         raise UnsupportedModelError(f"model must be one of {names}, or a folder with a diffusers pipeline, got {model!r}")
-    source = PRESETS[model].repository if model in PRESETS else model
     on_gpu = torch.cuda.is_available()
+    dtype = torch.float16 if on_gpu else torch.float32
+    preset = PRESETS.get(model)
+    if preset is not None and preset.checkpoint:
+        pipe = from_hub(f"{preset.repository}, {T5} or {FRAME_DECODER}", partial(load_open_sora, preset, dtype))
+    else:
+        source = preset.repository if preset else model
+        pipe = from_hub(source, partial(pipeline_class(Path(source)).from_pretrained, source, dtype=dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda") if on_gpu else pipe
+
+
+def from_hub(source: str, load: Callable[..., Any]) -> Any:
+    """What `load` gets, which is asked to do without the hub if that does not answer at once.
+
+    Raises:
+        UnsupportedModelError: it is neither downloaded nor within reach.
+    """
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float16 if on_gpu else torch.float32)
+        return load(local_files_only=not hub_answers())
     except OSError as error:
         raise UnsupportedModelError(
             f"{source} is not on this machine and the Hugging Face hub cannot be reached or refuses it; run "
-            f"`hf download {source}` where it can, or give the folder of a copy"
+            f"`hf download {source.split(',')[0]}` where it can, or give the folder of a copy"
         ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda") if on_gpu else pipe
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached; asking first spares the user half a minute of retries."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def pipeline_class(folder: Path) -> Any:
+    """Of the pipeline in a folder; diffusers knows its own classes only. What is not a folder is left to diffusers."""
+    index = folder / "model_index.json"
+    ours = index.is_file() and json.loads(index.read_text()).get("_class_name") == OpenSoraPipeline.__name__
+    return OpenSoraPipeline if ours else DiffusionPipeline
+
+
+def load_open_sora(preset: Preset, dtype: torch.dtype, local_files_only: bool) -> OpenSoraPipeline:
+    """Open-Sora 1.0 from its published checkpoint, with the text encoder and the autoencoder it was trained with."""
+    assert preset.checkpoint is not None
+    here: dict[str, Any] = {"local_files_only": local_files_only}
+    file = Path(hf_hub_download(preset.repository, preset.checkpoint, **here))
+    transformer = STDiT(**preset.transformer)
+    transformer.load_original(file)
+    return OpenSoraPipeline(
+        AutoTokenizer.from_pretrained(T5, **here),
+        T5EncoderModel.from_pretrained(T5, dtype=dtype, **here),
+        AutoencoderKL.from_pretrained(FRAME_DECODER, torch_dtype=dtype, **here),
+        transformer.to(dtype).eval(),
+        DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True),
+    )

@@ -88,7 +88,9 @@ def _key(call: ModelCall) -> Key:
 
 
 def _copied(output: Any) -> Any:
-    """The transformer's output (a tuple or a diffusers output class around one tensor) with its tensor cloned."""
+    """The transformer's output (a tensor, a tuple, or a diffusers output class around one tensor) with its tensor cloned."""
+    if isinstance(output, Tensor):
+        return output.clone()
     if isinstance(output, tuple):
         return tuple(value.clone() for value in output)
     return type(output)(sample=output.sample.clone())

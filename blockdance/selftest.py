@@ -93,6 +93,6 @@ def reuses_exactly(blocks: list[Block], cutoff: int, call: Callable[[], Any], ex
 
 
 def _sample(output: Any) -> Tensor:
-    """The tensor in a transformer's output, a tuple or a diffusers output class."""
-    sample: Tensor = output[0]
+    """The tensor in a transformer's output, by itself, or in a tuple or a diffusers output class."""
+    sample: Tensor = output if isinstance(output, Tensor) else output[0]
     return sample

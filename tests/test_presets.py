@@ -4,13 +4,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from analysis.metrics import shift_tolerant_lpips
 from blockdance import ReuseConfig, Schedule
 from blockdance.__main__ import build_parser, main, settings
 from blockdance.presets import PRESETS
 from tests.tiny import BLOCKS, dit
+from tests.tiny_video import opensora
 
 
 @pytest.fixture
@@ -84,4 +87,33 @@ def test_a_preset_brings_the_papers_settings_and_options_overrule_them() -> None
     request, config = settings(parse(["cat", "--model", "pixart-xl-2-1024", "--steps", "20", "--window-start", "0.5"]))
     assert (request.steps, request.sampler, request.guidance) == (20, "DPM-Solver++", 4.5)
     assert config == ReuseConfig(2, 20, 0.5, 0.95)
-    assert len(PRESETS) == 5
+    request, config = settings(parse(["a red apple falls", "--model", "open-sora-1.0-16x512x512"]))
+    assert (request.steps, request.sampler, request.guidance) == (50, "DDIM", 7.0)
+    assert config == ReuseConfig(2, 20, 0.25, 0.95)
+
+
+@pytest.mark.parametrize("model", sorted(PRESETS))
+def test_no_preset_hangs_where_there_is_no_hub(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    """A hub that nobody can reach is asked once; the loaders are told not to ask it again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    error = complaint(monkeypatch, capsys, "goldfish", "--model", model)
+    assert PRESETS[model].repository in error and "hf download" in error
+
+
+def test_a_video_model_writes_a_video_and_names_its_worst_frame(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pipe, out = opensora(size=32), tmp_path / "out"
+    monkeypatch.setattr("blockdance.__main__.load_pipeline", lambda _: pipe)
+    run_here(monkeypatch, "a red apple falls", "--model", "here", "--steps", "6", "--out", str(out))
+    result = json.loads((out / "result.json").read_text())
+    for name in ("baseline.gif", "blockdance.gif"):
+        with Image.open(out / name) as video:
+            assert getattr(video, "n_frames", 1) == 2
+    assert result["lpips"] == pytest.approx(np.mean(result["lpips_of_frames"]))
+    assert result["worst_frame"] == np.argmax(result["lpips_of_frames"])
+    assert "worst frame" in capsys.readouterr().out

@@ -8,6 +8,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from tests.tiny_video import STDiT, STDiT3, tiny_stdit
+
 TEXT = 5
 """Tokens of text."""
 WIDTH = 16
@@ -87,6 +89,38 @@ def rotary_3d(*sizes: int) -> tuple[Any, Any]:
     angles = [torch.arange(size * 4.0).reshape(size, 4) for size in sizes]
     places = torch.cartesian_prod(*map(torch.arange, sizes))  # (tokens, 3)
     return tuple((angle.cos(), angle.sin()) for angle in angles), tuple(places.T[:, None])
+
+
+class LoopSTDiT(STDiT):
+    """Predicts the noise alone, and returns it as diffusers' models do."""
+
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None, return_dict: bool = True) -> Any:
+        return (super().forward(x, timestep, y, mask)[:, :4],)
+
+
+class LoopSTDiT3(STDiT3):
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor, return_dict: bool = True) -> Any:
+        return (super().forward(x, timestep, y),)
+
+
+def opensora_1_0() -> nn.Module:
+    model = tiny_stdit()
+    model.__class__ = LoopSTDiT
+    return model
+
+
+def opensora_1_2() -> nn.Module:
+    torch.manual_seed(0)
+    return awake(LoopSTDiT3())
+
+
+def video_inputs(*text: int) -> Callable[[int], dict[str, Any]]:
+    def inputs(batch: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(1)
+        x, y = (torch.randn(batch, *shape, generator=generator) for shape in (VIDEO, text))
+        return {"x": x, "timestep": moments(batch), "y": y}
+
+    return inputs
 
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
@@ -255,6 +289,8 @@ ZOO = [
         },
         hidden_states=VIDEO, encoder_hidden_states=WORDS,
     ),
+    Tiny("STDiT", opensora_1_0, video_inputs(1, TEXT, WIDTH), num_blocks=4, latent="x"),
+    Tiny("STDiT3", opensora_1_2, video_inputs(WIDTH), num_blocks=4, latent="x"),
     tiny(
         "HunyuanDiT2DModel",
         {

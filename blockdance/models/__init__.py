@@ -1,0 +1,1 @@
+"""Transformers that the paper uses and diffusers does not have."""
