@@ -7,11 +7,15 @@ from pathlib import Path
 import diffusers
 import transformers
 
+from analysis.architectures import ARCHITECTURES
 from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_bench
 from analysis.bench_app import STARTS
-from analysis.records import RESULTS, ROOT, Record, read_records
+from analysis.experiment import MAX_STEPS
+from analysis.full_size import DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, run_full_size
+from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.tables import BEGIN, END, render, update_readme
-from blockdance import BlockDanceError
+from analysis.tables_full_size import render_full_size, update_full_size
+from blockdance import MIN_STEPS, BlockDanceError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,9 +36,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats",
         type=int,
-        default=REPEATS,
         help=f"interleaved rounds, 1 to {MAX_REPEATS}; overhead takes {OVERHEAD_ROUNDS} times as many, the app is started "
-        f"{STARTS} times (default: %(default)s, about five minutes on two cores)",
+        f"{STARTS} times (default: {REPEATS}, about five minutes on two cores; {FULL_SIZE_REPEATS} with --model)",
     )
     parser.add_argument(
         "--only",
@@ -43,8 +46,24 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         default=list(BENCHES),
         help="what to measure; other lines of the results file are kept (default: everything)",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file (default: assets/results/bench.jsonl)")
+    parser.add_argument(
+        "--out", type=Path, help="results file (default: assets/results/bench.jsonl, or full_size.jsonl with --model)"
+    )
     parser.set_defaults(run=bench)
+    full = parser.add_argument_group(
+        "at full size",
+        "the true architecture of one of the paper's models in a bare sampling loop, on the GPU if there is one; what the "
+        "results file has is not measured again, so a bench that was cut off goes on where it was",
+    )
+    full.add_argument("--model", metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
+    full.add_argument(
+        "--random-weights", action="store_true", help="required with --model: speed does not depend on the weights"
+    )
+    full.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="samples drawn together (default: 1 4 16)")
+    full.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="the paper's N (default: 2 3 4)")
+    full.add_argument("--steps", type=int, help=f"sampling steps, {MIN_STEPS} to {MAX_STEPS} (default: the preset's)")
+    full.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)} (default: %(default)s)")
+    full.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
 
 
 def add_tables(parser: argparse.ArgumentParser) -> None:
@@ -52,18 +71,47 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="results file to read (default: assets/results/bench.jsonl)"
     )
+    parser.add_argument(
+        "--full-size",
+        type=Path,
+        default=FULL_SIZE_RESULTS,
+        help="results file of the benches at full size, if there is one (default: assets/results/full_size.jsonl)",
+    )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to update (default: README.md)")
     parser.set_defaults(run=tables)
 
 
 def bench(args: argparse.Namespace) -> None:
-    records: list[Record] = run_bench(args.only, args.repeats, args.out)
-    print(render(records, str(args.out)))
-    print(f"\nwritten             {args.out}")
+    if args.model is not None:
+        bench_full_size(args)
+        return
+    out = args.out or RESULTS
+    records: list[Record] = run_bench(args.only, REPEATS if args.repeats is None else args.repeats, out)
+    print(render(records, str(out)))
+    print(f"\nwritten             {out}")
+
+
+def bench_full_size(args: argparse.Namespace) -> None:
+    if not args.random_weights:
+        raise BenchError("--model needs --random-weights: speed does not depend on the weights, so none are fetched")
+    job = Job(
+        args.model,
+        tuple(args.batch),
+        tuple(args.intervals),
+        args.steps,
+        FULL_SIZE_REPEATS if args.repeats is None else args.repeats,
+        args.dtype,
+        args.compile,
+    )
+    out = args.out or FULL_SIZE_RESULTS
+    print(render_full_size(run_full_size(job, out), str(out)))
+    print(f"\nwritten             {out}")
 
 
 def tables(args: argparse.Namespace) -> None:
     update_readme(args.readme, read_records(args.results), args.results)
+    if args.full_size.exists():
+        update_full_size(args.readme, read_records(args.full_size), args.full_size)
     print(f"written             {args.readme}")
 
 

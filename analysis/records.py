@@ -27,17 +27,24 @@ class BenchError(BlockDanceError):
     """A bench cannot run, or its results cannot be used."""
 
 
-def circumstances(pipe: Any, request: Request) -> Record:
-    """Where, with what and on what a record was measured."""
+def provenance() -> Record:
+    """Where and with what a record was measured."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "commit": commit(),
         "date": date.today().isoformat(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()} | gpu,
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "diffusers": diffusers.__version__,
         },
+    }
+
+
+def circumstances(pipe: Any, request: Request) -> Record:
+    """Where, with what and on what a record was measured."""
+    return provenance() | {
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "model": describe_model(pipe.transformer),
         "steps": request.steps,

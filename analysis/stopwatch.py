@@ -5,16 +5,24 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 Name = TypeVar("Name", bound=Hashable)
 
 
+def now() -> float:
+    """Seconds; waits for the device first, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds_of(run: Callable[[], object]) -> float:
-    """Wall time of one call in seconds. The call must return its result on the CPU, so that a device has finished."""
-    start = time.perf_counter()
+    """Wall time of one call in seconds."""
+    start = now()
     run()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def interleaved(runs: Mapping[Name, Callable[[], object]], repeats: int, what: str = "") -> dict[Name, list[float]]:

@@ -30,16 +30,16 @@ def update_readme(readme: Path, records: Sequence[Record], results: Path) -> Non
     readme.write_text(between_markers(readme.read_text(), text, readme.name))
 
 
-def between_markers(page: str, text: str, name: str) -> str:
+def between_markers(page: str, text: str, name: str, begin: str = BEGIN, end: str = END) -> str:
     """The page with `text` between its markers.
 
     Raises:
         BenchError: not exactly one pair of markers, in order.
     """
-    if not (page.count(BEGIN) == page.count(END) == 1 and page.index(BEGIN) < page.index(END)):
-        raise BenchError(f"{name} needs one line {BEGIN} and after it one line {END} to hold the tables")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    if not (page.count(begin) == page.count(end) == 1 and page.index(begin) < page.index(end)):
+        raise BenchError(f"{name} needs one line {begin} and after it one line {end} to hold the tables")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def named(results: Path, readme: Path) -> str:
