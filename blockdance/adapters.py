@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import Tensor, nn
 
 from blockdance.errors import UnsupportedModelError
@@ -106,9 +107,14 @@ def transformer_of(pipe: Any) -> nn.Module:
     """The pipeline's transformer.
 
     Raises:
-        UnsupportedModelError: a U-Net pipeline, or no transformer at all.
+        UnsupportedModelError: a U-Net pipeline, no transformer at all, or one inside torch.compile's wrapper.
     """
     transformer = getattr(pipe, "transformer", None)
+    if is_compiled_module(transformer):
+        raise UnsupportedModelError(
+            "the transformer is wrapped by torch.compile(transformer), which hides its blocks; use transformer.compile(), or "
+            "compile the blocks"
+        )
     if isinstance(transformer, nn.Module):
         return transformer
     if getattr(pipe, "unet", None) is not None:

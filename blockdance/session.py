@@ -125,7 +125,7 @@ class Session:
             output = part.begin_call(call) if output is None else output
         if output is None:
             with self._blocks_watched(call):
-                output = run(model, *args, **kwargs)
+                output = self._uncompiled(run)(model, *args, **kwargs)
         for part in self.parts:
             part.end_call(call, output)
         return output
@@ -150,6 +150,14 @@ class Session:
             yield
         finally:
             self._call = None
+
+    def _uncompiled(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the module's own compiled graph, if it has one, once blocks are swapped.
+
+        That graph holds all blocks; traced through swapped ones it would be compiled again. Blocks that are compiled stay so.
+        """
+        is_compiled = getattr(self.transformer, "_compiled_call_impl", None) is not None
+        return nn.Module._call_impl if self._blocks_swapped and is_compiled else run
 
     def next_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         if kwargs.get("kv_cache") is not None:
