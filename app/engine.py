@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from analysis.experiment import (
     Baseline,
     Request,
+    conditioned_on,
     control_figures,
     fewer_steps,
     figures,
@@ -22,8 +23,10 @@ from analysis.experiment import (
     run_variant,
     warm_up,
 )
-from analysis.metrics import PerceptualDistance, Picture
+from analysis.metrics import PerceptualDistance
+from analysis.pictures import Picture
 from blockdance import OnStep, ReuseConfig, Schedule, Trace
+from blockdance.scheduled import depth_of
 
 T = TypeVar("T")
 
@@ -134,16 +137,37 @@ class Engine:
     Args:
         pipe: the pipeline; only copies with a scheduler of their own are run.
         distance: the perceptual distance of the figures.
+        first_prompt: something the model can draw, to warm up with.
         capacity: how many requests are remembered; of each a few megabytes.
+        lock: held during every run; engines that share one run one at a time.
     """
 
-    def __init__(self, pipe: Any, distance: PerceptualDistance, capacity: int = 64) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        distance: PerceptualDistance,
+        first_prompt: str = "red apple",
+        capacity: int = 64,
+        lock: "threading.Lock | None" = None,
+    ) -> None:
         self.pipe = pipe
         self.distance = distance
-        self.num_blocks = len(pipe.transformer.transformer_blocks)
-        self._model = threading.Lock()
+        self.first_prompt = first_prompt
+        self.num_blocks = depth_of(pipe)
+        self._model = lock or threading.Lock()
         self._baselines, self._maps, self._variants = Memory(capacity), Memory(capacity), Memory(8 * capacity)
-        warm_up(pipe)
+        warm_up(pipe, first_prompt)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt that the model never saw, if it can tell."""
+        words: list[str] = self.pipe.unknown_words(prompt) if hasattr(self.pipe, "unknown_words") else []
+        return words
+
+    def known_words(self) -> list[str] | None:
+        """The words or classes the model knows, in order; None if it takes any text."""
+        if hasattr(self.pipe, "unknown_words"):
+            return sorted(word for word in self.pipe.tokenizer.get_vocab() if word.isalpha())
+        return sorted(self.pipe.labels) if hasattr(self.pipe, "get_label_ids") else None
 
     def views(self, request: Request, config: ReuseConfig) -> Iterator[View]:
         """Compute a comparison on a worker thread and yield what is known so far, whenever more is.
@@ -151,8 +175,9 @@ class Engine:
         Closing the iterator cancels the run within one step.
 
         Raises:
-            BlockDanceError: the config does not fit the model; before anything runs.
+            BlockDanceError: the config does not fit the model, or the prompt; before anything runs.
         """
+        conditioned_on(self.pipe, request.prompt)
         job = Job(View(request, plan(config, request, self.num_blocks), config.why_dense(request.steps)))
         worker = threading.Thread(target=self._work, args=(job,), daemon=True)
         worker.start()

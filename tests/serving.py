@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from analysis.metrics import shift_tolerant_lpips
 from app.engine import Engine
 from app.handlers import Handlers
+from app.models import Models
 from app.page import build_page, serve
-from blockdance import load_demo_pipeline
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,15 @@ class Server:
     url: str
     handlers: Handlers
 
+    @property
+    def engine(self) -> Engine:
+        """Of the model in the box."""
+        return self.handlers.models.engine(self.handlers.models.first)
+
 
 @contextmanager
 def serving() -> Iterator[Server]:
-    handlers = Handlers(Engine(load_demo_pipeline(), shift_tolerant_lpips()))
+    handlers = Handlers(Models(shift_tolerant_lpips()))
     page = build_page(handlers)
     serve(page, prevent_thread_lock=True, inbrowser=False, quiet=True)
     try:

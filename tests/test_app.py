@@ -55,7 +55,7 @@ def test_compare_returns_both_pictures_and_every_figure(server: Server, client: 
 
 def test_the_pictures_are_lossless(server: Server, client: Client) -> None:
     baseline, *_ = client.predict(**SETTING, api_name="/compare")
-    direct = run_baseline(server.handlers.engine.pipe, Request("red apple", 3, 8))
+    direct = run_baseline(server.engine.pipe, Request("red apple", 3, 8))
     assert baseline.endswith(".png")
     assert np.array_equal(pixels(baseline), direct.picture)
 
@@ -90,7 +90,7 @@ def test_compare_is_the_only_public_endpoint(client: Client) -> None:
 
 def test_two_visitors_at_once_get_their_own_pictures(server: Server, client: Client) -> None:
     settings = [SETTING | {"prompt": "octopus", "seed": 1}, SETTING | {"prompt": "pizza", "seed": 2}]
-    expected = [run_baseline(server.handlers.engine.pipe, Request(s["prompt"], s["seed"], 8)).picture for s in settings]
+    expected = [run_baseline(server.engine.pipe, Request(s["prompt"], s["seed"], 8)).picture for s in settings]
     got: dict[int, np.ndarray] = {}
 
     def visit(index: int) -> None:

@@ -111,9 +111,9 @@ def test_a_value_typed_beyond_a_slider_is_a_toast_that_names_the_range(page: Pag
 
 
 def test_the_stop_button_ends_a_run_and_the_page_stays(page: Page) -> None:
+    page.get_by_text("Model and sampling", exact=True).click()
     wait_until_done(page)
     before = page.inner_text("#numbers")
-    page.get_by_text("Sampling", exact=True).click()
     page.locator("#steps input[type=range]").fill("100")
     expect(page.locator("#status")).to_contain_text("plain sampler …")
     page.click("#stop")
@@ -133,11 +133,11 @@ def test_an_example_is_drawn_at_a_click_and_markup_in_a_prompt_stays_text(page: 
 
 
 def test_closing_the_tab_stops_the_run_and_frees_the_model(server: Server, page: Page) -> None:
+    page.get_by_text("Model and sampling", exact=True).click()
     wait_until_done(page)
-    engine = server.handlers.engine
+    engine = server.engine
     calls: list[None] = []
     counting = engine.pipe.transformer.register_forward_hook(lambda *_: calls.append(None))
-    page.get_by_text("Sampling", exact=True).click()
     page.locator("#steps input[type=range]").fill("99")
     expect(page.locator("#status")).to_contain_text("plain sampler …")
     page.close()
@@ -145,3 +145,16 @@ def test_closing_the_tab_stops_the_run_and_frees_the_model(server: Server, page:
     engine._model.release()
     counting.remove()
     assert 0 < len(calls) < 99
+
+
+def test_a_model_out_of_reach_is_a_toast_and_the_page_stays(page: Page) -> None:
+    page.get_by_text("Model and sampling", exact=True).click()
+    wait_until_done(page)
+    before = page.inner_text("#numbers")
+    page.locator("#model input").click()
+    page.get_by_role("option", name="dit-xl-2-256").click()
+    expect(page.locator(".toast-body")).to_contain_text("facebook/DiT-XL-2-256 is not on this machine")
+    expect(page.locator(".toast-body")).to_have_count(1)
+    expect(page.locator("#model input")).to_have_value("demo")
+    expect(page.locator("#status")).to_contain_text("“red apple” from the same noise")
+    assert page.inner_text("#numbers") == before

@@ -1,0 +1,182 @@
+"""Visitors choose among models: each gets their own, memory stays bounded, and what cannot be loaded changes nothing."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gradio_client import Client
+
+import app.models
+from analysis.experiment import RequestError
+from analysis.metrics import shift_tolerant_lpips
+from app.engine import View
+from app.handlers import MODEL_OUTPUTS, OUTPUTS, Handlers
+from app.models import KEPT, Models
+from app.page import build_page, main, serve
+from blockdance import ReuseConfig, UnsupportedModelError
+from blockdance.presets import DEMO, PRESETS
+from tests.test_app import is_left_alone
+from tests.tiny import BLOCKS, dit
+
+SMALL, ALSO_SMALL, THIRD, MISSING = "dit-xl-2-256", "dit-xl-2-512", "pixart-xl-2-256", "pixart-xl-2-1024"
+CONFIG = ReuseConfig(2, 3, 0.25, 0.95)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DiT that knows two classes."""
+    pipe, folder = dit(size=64), tmp_path_factory.mktemp("dit")
+    pipe.register_to_config(id2label={"0": "tench", "1": "golden retriever"})
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def presets(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Three of the presets are the tiny one, a fourth is out of reach."""
+    for name in (SMALL, ALSO_SMALL, THIRD):
+        there = replace(PRESETS[SMALL], repository=str(folder), config=CONFIG, steps=6, guidance=3.0)
+        monkeypatch.setitem(PRESETS, name, there)
+
+
+@pytest.fixture
+def models() -> Models:
+    return Models(shift_tolerant_lpips())
+
+
+@pytest.fixture
+def toasts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    shown: list[str] = []
+    monkeypatch.setattr("gradio.Warning", shown.append)
+    return shown
+
+
+def done(models: Models, name: str) -> View:
+    settings = models.settings(name)
+    *_, last = models.engine(name).views(replace(settings.request, steps=6), settings.config)
+    return last
+
+
+def test_the_box_comes_first_and_video_models_are_left_out(models: Models) -> None:
+    assert models.names[0] == DEMO and set(models.names) < {DEMO, *PRESETS}
+    assert SMALL in models.names and not any(name.startswith("open-sora") for name in models.names)
+
+
+def test_a_choice_brings_depth_settings_and_a_prompt_the_model_knows(models: Models) -> None:
+    settings = models.settings(SMALL)
+    assert settings.num_blocks == BLOCKS and settings.config == CONFIG
+    assert (settings.request.steps, settings.request.guidance, settings.request.sampler) == (6, 3.0, "DDIM")
+    assert settings.request.prompt == "golden retriever"
+    assert models.settings(DEMO).num_blocks == 14 and models.settings(DEMO).request.prompt == "red apple"
+
+
+def test_the_controls_follow(models: Models) -> None:
+    loading, ready = Handlers(models).choose_model(SMALL, DEMO)
+    assert len(loading) == len(ready) == MODEL_OUTPUTS
+    assert f"loading {SMALL}" in loading[0] and all(is_left_alone(update) for update in loading[1:])
+    assert ready[1:4] == (SMALL, SMALL, "golden retriever")
+    assert ready[4:8] == (6, 3.0, "DDIM", 2)
+    assert (ready[8]["maximum"], ready[8]["value"]) == (BLOCKS - 2, 3)
+    assert ready[9:11] == (0.25, 0.95)
+    assert ready[11]["visible"] is False and ready[12]["visible"] is True and ready[13] == "golden retriever, tench"
+
+
+def test_each_model_has_its_own_results_and_the_box_remembers_its_own(models: Models) -> None:
+    box, other = done(models, DEMO), done(models, SMALL)
+    assert box.variant is not None and other.variant is not None
+    assert (box.variant.figures["num_blocks"], other.variant.figures["num_blocks"]) == (14, BLOCKS)
+    again = done(models, DEMO)
+    assert again.variant is box.variant and again.cosine is box.cosine
+
+
+def test_memory_holds_the_first_model_and_the_last_used(models: Models) -> None:
+    alive: list[weakref.ref[Any]] = []
+    for turn in range(20):
+        engine = models.engine((SMALL, ALSO_SMALL, THIRD)[turn % 3])
+        alive.append(weakref.ref(engine.pipe.transformer))
+        del engine
+        gc.collect()
+        assert sum(model() is not None for model in alive) <= KEPT
+        assert models.has(DEMO)
+    assert done(models, DEMO).variant is not None
+
+
+def test_a_model_that_lost_its_place_is_loaded_again(models: Models) -> None:
+    first = done(models, SMALL)
+    models.engine(ALSO_SMALL)
+    assert not models.has(SMALL)
+    updates = list(Handlers(models).update_page("golden retriever", 0, 6, 3.0, "DDIM", 2, 3, 0.25, 0.95, "cosine", SMALL))
+    assert f"loading {SMALL}" in updates[0][0]
+    pictures = [update[2] for update in updates if isinstance(update[2], np.ndarray)]
+    assert first.variant is not None and np.array_equal(pictures[-1], first.variant.picture)
+
+
+def test_a_model_out_of_reach_is_a_toast_and_nothing_is_lost(models: Models, toasts: list[str]) -> None:
+    done(models, SMALL)
+    *_, last = Handlers(models).choose_model(MISSING, SMALL)
+    assert last[1] == SMALL and all(is_left_alone(update) for update in last[2:])
+    (toast,) = toasts
+    assert "PixArt-alpha/PixArt-XL-2-1024-MS is not on this machine" in toast and "hf download" in toast
+    assert models.has(SMALL) and models.has(DEMO)
+
+
+def test_a_class_the_model_does_not_know_is_a_toast(models: Models, toasts: list[str]) -> None:
+    updates = list(Handlers(models).update_page("red apple", 0, 6, 3.0, "DDIM", 2, 3, 0.25, 0.95, "cosine", SMALL))
+    assert all(is_left_alone(update) for update in updates[-1][1:]) and len(updates[-1]) == OUTPUTS
+    assert "the name of a class that DiTPipeline knows" in toasts[0]
+    with pytest.raises(RequestError):
+        list(models.engine(SMALL).views(models.settings(DEMO).request, CONFIG))
+
+
+def test_a_sliders_preview_never_loads_a_model(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.models, "load_pipeline", lambda _: pytest.fail("it loads"))
+    assert is_left_alone(Handlers(models).preview(30, 2, 3, 0.4, 0.95, SMALL))
+    assert "10 of 14 blocks" in Handlers(models).preview(30, 2, 9, 0.4, 0.95, DEMO)
+
+
+@pytest.fixture
+def client(models: Models) -> Iterator[Client]:
+    page = build_page(Handlers(models))
+    serve(page, prevent_thread_lock=True, inbrowser=False, quiet=True)
+    yield Client(page.local_url, verbose=False)
+    page.close(verbose=False)
+
+
+def test_scripts_may_name_a_model_or_not(client: Client) -> None:
+    common = {"seed": 0, "steps": 6, "guidance": 3.0, "reuse_interval": 2, "window_start": 0.25, "window_end": 0.95}
+    *_, box = client.predict(**common, prompt="red apple", cutoff_block=9, api_name="/compare")
+    *_, other = client.predict(**common, prompt="tench", cutoff_block=3, model=SMALL, api_name="/compare")
+    *_, box_again = client.predict(**common, prompt="red apple", cutoff_block=9, api_name="/compare")
+    assert (box["num_blocks"], other["num_blocks"]) == (14, BLOCKS)
+    assert box_again == box
+
+
+def test_the_app_starts_with_the_model_it_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("app.page.serve", lambda page, **_: served.append(page))
+    monkeypatch.setattr("app.page.perceptual_distance", shift_tolerant_lpips)
+    monkeypatch.setattr("sys.argv", ["app.py", "--model", str(folder)])
+    main()
+    (page,) = served
+    parts = page.blocks.values()
+    values = {part.label: part.value for part in parts if hasattr(part, "label") and hasattr(part, "value")}
+    assert values["Model"] == str(folder)
+    assert values["Prompt"] == "golden retriever"
+
+
+def test_an_unknown_model_ends_the_app_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("app.page.perceptual_distance", shift_tolerant_lpips)
+    monkeypatch.setattr("sys.argv", ["app.py", "--model", "dit-xxl"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith("error: model must be one of demo, ")
+    with pytest.raises(UnsupportedModelError):
+        Models(shift_tolerant_lpips(), "dit-xxl")
