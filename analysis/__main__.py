@@ -11,7 +11,7 @@ from analysis.architectures import ARCHITECTURES
 from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_bench
 from analysis.bench_app import STARTS
 from analysis.experiment import MAX_STEPS
-from analysis.full_size import DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, run_full_size
+from analysis.full_size import CPU_STEPS, DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
 from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.tables import BEGIN, END, render, update_readme
 from analysis.tables_full_size import render_full_size, update_full_size
@@ -59,9 +59,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     full.add_argument(
         "--random-weights", action="store_true", help="required with --model: speed does not depend on the weights"
     )
-    full.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="samples drawn together (default: 1 4 16)")
+    full.add_argument("--batch", type=int, nargs="+", help="samples drawn together (default: 1 4 16; on a CPU 1)")
     full.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="the paper's N (default: 2 3 4)")
-    full.add_argument("--steps", type=int, help=f"sampling steps, {MIN_STEPS} to {MAX_STEPS} (default: the preset's)")
+    full.add_argument(
+        "--steps",
+        type=int,
+        help=f"sampling steps, {MIN_STEPS} to {MAX_STEPS} (default: the preset's; on a CPU at most {CPU_STEPS}, which is said)",
+    )
     full.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)} (default: %(default)s)")
     full.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
 
@@ -94,11 +98,12 @@ def bench(args: argparse.Namespace) -> None:
 def bench_full_size(args: argparse.Namespace) -> None:
     if not args.random_weights:
         raise BenchError("--model needs --random-weights: speed does not depend on the weights, so none are fetched")
+    batches, steps = defaults(args.model)
     job = Job(
         args.model,
-        tuple(args.batch),
+        tuple(args.batch or batches),
         tuple(args.intervals),
-        args.steps,
+        steps if args.steps is None else args.steps,
         FULL_SIZE_REPEATS if args.repeats is None else args.repeats,
         args.dtype,
         args.compile,

@@ -17,7 +17,9 @@ from blockdance.presets import PRESETS
 
 FULL_SIZE_RESULTS = RESULTS.with_name("full_size.jsonl")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FULL_SIZE_REPEATS = 5
+FULL_SIZE_REPEATS = 3
+CPU_STEPS = 20
+"""What a CPU does by default where the preset has more; the fractions of the run stay the same."""
 WARM_UP_STEPS = MIN_STEPS
 MAX_BATCH = 64
 KEY = ("architecture", "batch", "reuse_interval", "steps", "dtype", "device", "compiled")
@@ -46,8 +48,7 @@ class Job:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in ARCHITECTURES:
-            raise BenchError(f"model must be one of {', '.join(ARCHITECTURES)}, got {self.name!r}")
+        defaults(self.name)
         if self.dtype not in DTYPES:
             raise BenchError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for batch in self.batches:
@@ -72,6 +73,19 @@ class Job:
     def key(self, batch: int, interval: int) -> tuple[Any, ...]:
         """Of the record that measures this."""
         return self.name, batch, interval, self.run_steps, self.dtype, device_here().type, self.compiled
+
+
+def defaults(name: str) -> tuple[tuple[int, ...], int | None]:
+    """Batch sizes and steps where none are asked for: everything on a GPU, a reduced set on a CPU.
+
+    Raises:
+        BenchError: no such architecture.
+    """
+    if name not in ARCHITECTURES:
+        raise BenchError(f"model must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
+    if device_here().type == "cuda":
+        return (1, 4, 16), None
+    return (1,), min(CPU_STEPS, PRESETS[name].steps)
 
 
 def run_full_size(job: Job, out: Path) -> list[Record]:

@@ -156,7 +156,8 @@ class Engine:
         self.num_blocks = depth_of(pipe)
         self._model = lock or threading.Lock()
         self._baselines, self._maps, self._variants = Memory(capacity), Memory(capacity), Memory(8 * capacity)
-        warm_up(pipe, first_prompt)
+        with self._model:
+            warm_up(pipe, first_prompt)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that the model never saw, if it can tell."""

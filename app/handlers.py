@@ -31,7 +31,7 @@ class Handlers:
 
     def choose_model(self, name: str, current: str) -> Iterator[Updates]:
         """Load a model and set the controls for it. If that cannot be, it is a toast, and the model stays the current one."""
-        if not self.models.has(name):
+        if self.models.loaded(name) is None:
             yield (message_panel(f"loading {name} …"), *[gr.skip()] * (MODEL_OUTPUTS - 1))
         try:
             settings = self.models.settings(name)
@@ -40,7 +40,7 @@ class Handlers:
             yield (message_panel(""), current, *[gr.skip()] * (MODEL_OUTPUTS - 2))
             return
         request, config, deepest = settings.request, settings.config, settings.num_blocks - 2
-        words = self.models.engine(name).known_words()
+        words = settings.known_words
         yield (
             message_panel(""),
             name,
@@ -64,9 +64,10 @@ class Handlers:
     ) -> Iterator[Updates]:  # fmt: skip
         """Run a comparison and update the page as it goes. Bad input is a toast, and the page stays as it is."""
         try:
-            if not self.models.has(model):  # another visitor's took its place
+            engine = self.models.loaded(model)
+            if engine is None:  # another visitor's took its place
                 yield (message_panel(f"loading {model} …"), *[gr.skip()] * (OUTPUTS - 1))
-            engine = self.models.engine(model)
+                engine = self.models.engine(model)
             request = Request(prompt, seed, steps, guidance, sampler)
             config = ReuseConfig(reuse_interval, cutoff_block, window_start, window_end)
             shown = None
@@ -81,9 +82,10 @@ class Handlers:
         self, steps: int, reuse_interval: int, cutoff_block: int, window_start: float, window_end: float, model: str = DEMO
     ) -> Any:
         """What the sliders mean, by arithmetic alone."""
-        if not self.models.has(model):
+        engine = self.models.loaded(model)
+        if engine is None:
             return gr.skip()
-        num_blocks = self.models.engine(model).num_blocks
+        num_blocks = engine.num_blocks
         try:
             config = ReuseConfig(reuse_interval, cutoff_block, window_start, window_end)
             request = Request("preview", steps=steps)

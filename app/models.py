@@ -8,12 +8,13 @@ from typing import Any
 from analysis.experiment import Request
 from analysis.metrics import PerceptualDistance
 from app.engine import Engine
-from blockdance import ReuseConfig
+from blockdance import ReuseConfig, UnsupportedModelError
 from blockdance.presets import DEMO, PRESETS, load_pipeline
 from blockdance.schedule import default_cutoff
 
 KEPT = 1
-"""Models kept beside the one the app started with; another one takes the place of the one unused for longest."""
+"""Models kept beside the one the app started with and the one in the box; while another is loaded to take the place of the
+one unused for longest, there is one more."""
 CLASS_PROMPT = "golden retriever"
 TEXT_PROMPT = "red apple"
 
@@ -25,6 +26,8 @@ class Settings:
     request: Request
     config: ReuseConfig
     num_blocks: int
+    known_words: list[str] | None
+    """The words or classes the model knows; None if it takes any text."""
 
 
 class Models:
@@ -41,7 +44,7 @@ class Models:
     def __init__(self, distance: PerceptualDistance, first: str = DEMO) -> None:
         self.distance = distance
         self.first = first
-        self._running, self._loading = threading.Lock(), threading.Lock()
+        self._running, self._loading, self._shelf = threading.Lock(), threading.Lock(), threading.Lock()
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self.engine(first)
 
@@ -50,25 +53,36 @@ class Models:
         """To choose from: the first one, the model in the box, and those of the presets that draw pictures."""
         return list(dict.fromkeys([self.first, DEMO, *(name for name, preset in PRESETS.items() if not preset.checkpoint)]))
 
-    def has(self, name: str) -> bool:
-        """Whether the model is in memory."""
-        return name in self._engines
+    def loaded(self, name: str) -> Engine | None:
+        """The engine of a model that is in memory."""
+        with self._shelf:
+            if name in self._engines:
+                self._engines.move_to_end(name)
+            return self._engines.get(name)
 
     def engine(self, name: str) -> Engine:
-        """The engine of a model; loading it may take minutes.
+        """The engine of a model; loading it may take minutes, in which those in memory stay at hand.
 
         Raises:
-            UnsupportedModelError: the model cannot be loaded; those in memory stay.
+            UnsupportedModelError: not one of `names`, or it cannot be loaded; those in memory stay.
         """
-        with self._loading:
-            if name not in self._engines:
-                pipe = load_pipeline(name)
-                with self._running:  # nobody's seconds are measured while a new model warms up
-                    engine = Engine(pipe, self.distance, first_prompt(pipe), lock=self._running)
-                self._engines[name] = engine
-                self._forget_others()
-            self._engines.move_to_end(name)
-            return self._engines[name]
+        if name not in self.names:
+            raise UnsupportedModelError(f"model must be one of {', '.join(self.names)}, got {name!r}")
+        engine = self.loaded(name)
+        if engine is None:
+            with self._loading:  # whoever waited here finds it loaded
+                engine = self.loaded(name) or self._load(name)
+        return engine
+
+    def _load(self, name: str) -> Engine:
+        pipe = load_pipeline(name)
+        engine = Engine(pipe, self.distance, first_prompt(pipe), lock=self._running)
+        with self._shelf:
+            self._engines[name] = engine
+            others = [name for name in self._engines if name not in (self.first, DEMO)]
+            for other in others[:-KEPT]:
+                del self._engines[other]
+        return engine
 
     def settings(self, name: str) -> Settings:
         """The paper's for one of its models, else the usual ones; loads the model.
@@ -79,14 +93,9 @@ class Models:
         engine, preset = self.engine(name), PRESETS.get(name)
         if preset is None:
             config = ReuseConfig(cutoff_block=default_cutoff(engine.num_blocks))
-            return Settings(Request(engine.first_prompt), config, engine.num_blocks)
+            return Settings(Request(engine.first_prompt), config, engine.num_blocks, engine.known_words())
         request = Request(engine.first_prompt, 0, preset.steps, preset.guidance, preset.sampler)
-        return Settings(request, preset.config, engine.num_blocks)
-
-    def _forget_others(self) -> None:
-        others = [name for name in self._engines if name != self.first]
-        for name in others[:-KEPT]:
-            del self._engines[name]
+        return Settings(request, preset.config, engine.num_blocks, engine.known_words())
 
 
 def first_prompt(pipe: Any) -> str:

@@ -47,9 +47,8 @@ def build_page(handlers: Handlers) -> gr.Blocks:
                     chosen, current = model_control(models), gr.Textbox(models.first, visible=False)
                     seed, steps, guidance, sampler = sampling_controls(start.request)
                 stop = gr.Button("Stop", size="sm", elem_id="stop")
-                words = models.engine(models.first).known_words()
-                with gr.Accordion("Words the model knows", open=False, visible=words is not None) as known:
-                    vocabulary = gr.Markdown(", ".join(words or []))
+                with gr.Accordion("Words the model knows", open=False, visible=start.known_words is not None) as known:
+                    vocabulary = gr.Markdown(", ".join(start.known_words or []))
             with gr.Column(scale=9):
                 status = gr.HTML(message_panel(""), elem_id="status")
                 with gr.Row():
@@ -72,11 +71,12 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         controls = [prompt, steps, guidance, sampler, *reuse]
         set_up = chosen.input(handlers.choose_model, [chosen, current],
                               [status, chosen, current, *controls, only_box, known, vocabulary],
-                              **model | {"trigger_mode": "once"})  # fmt: skip
+                              **model | {"trigger_mode": "once", "concurrency_id": "loading"})  # fmt: skip
         switched = set_up.then(handlers.update_page, inputs, outputs, **model)
         # Told in a second event: news of the run may still be on its way while the first one cancels it.
         stopped = stop.click(None, cancels=[run, picked, set_up, switched], queue=False, api_visibility="private")
-        stopped.then(lambda: message_panel("Stopped."), None, status, queue=False, api_visibility="private")
+        stopped.then(lambda name: (message_panel("Stopped."), name), current, [status, chosen], queue=False,
+                     api_visibility="private")  # fmt: skip
         plain = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private",
                  "preprocess": False}  # fmt: skip
         sliders = [slider.input for slider in (steps, *reuse)]

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ class Applied:
         self._swaps.close()
 
 
-def apply_block_dance(transformer: nn.Module, config: BlockDanceConfig) -> Applied:
+def apply_block_dance(transformer: nn.Module, config: ReuseConfig) -> Applied:
     """Put BlockDance on a transformer, for use in any pipeline or loop, until the returned handle's `remove`.
 
     Prefer `accelerate(pipe, ...)` where there is a pipeline: its scheduler tells the steps. Here model calls are counted, and
@@ -207,9 +207,10 @@ def apply_block_dance(transformer: nn.Module, config: BlockDanceConfig) -> Appli
 
     Args:
         transformer: of a supported class, or one that passes the self-test at its first call.
-        config: interval, cutoff, window, and the number of steps.
+        config: a `BlockDanceConfig`; a `ReuseConfig` is one without `num_steps`.
 
     Raises:
+        ConfigError: the config is neither.
         UnsupportedModelError: no transformer, or one that reuse would break.
         ScheduleError: the cutoff does not fit the depth; later, at a call, the window needs `num_steps`.
         SessionError: something is applied to it already.
@@ -219,6 +220,11 @@ def apply_block_dance(transformer: nn.Module, config: BlockDanceConfig) -> Appli
             f"apply_block_dance takes a transformer, got {type(transformer).__name__}; pass pipe.transformer, "
             "or use accelerate(pipe, ...)"
         )
+    if not isinstance(config, ReuseConfig):
+        kind = type(config).__name__
+        raise ConfigError(f"config must be a BlockDanceConfig, got {kind}; a Schedule goes with accelerate(pipe, ...)")
+    if not isinstance(config, BlockDanceConfig):
+        config = BlockDanceConfig(**asdict(config))
     check_free(transformer)
     if in_a_session(transformer):
         raise SessionError("this transformer is accelerated or observed just now; leave that with block first")

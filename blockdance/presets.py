@@ -91,7 +91,7 @@ def from_hub(source: str, load: Callable[..., Any]) -> Any:
     """What `load` gets, which is asked to do without the hub if that does not answer at once.
 
     Raises:
-        UnsupportedModelError: it is neither downloaded nor within reach.
+        UnsupportedModelError: it is neither downloaded nor within reach, or cannot be loaded.
     """
     try:
         return load(local_files_only=not hub_answers())
@@ -100,6 +100,9 @@ def from_hub(source: str, load: Callable[..., Any]) -> Any:
             f"{source} is not on this machine and the Hugging Face hub cannot be reached or refuses it; run "
             f"`hf download {source.split(',')[0]}` where it can, or give the folder of a copy"
         ) from error
+    except (ImportError, MemoryError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedModelError(f"{source} cannot be loaded: {reason[0][:200]}") from error
 
 
 def hub_answers() -> bool:

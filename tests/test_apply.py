@@ -106,6 +106,13 @@ def test_without_a_total_model_calls_are_counted(flux: Loop) -> None:
     assert all(torch.equal(outputs[0], output) for output in outputs)
 
 
+def test_a_reuse_config_is_one_without_a_number_of_steps(flux: Loop) -> None:
+    ran = ran_blocks(flux)
+    apply_block_dance(flux.transformer, ReuseConfig(2, 1, 0, 1))
+    calls(flux, 2)
+    assert len(ran) == 5 + 3
+
+
 def test_interval_one_never_reuses(flux: Loop) -> None:
     ran = ran_blocks(flux)
     apply_block_dance(flux.transformer, BlockDanceConfig(1, 1, 0, 1))
@@ -270,6 +277,8 @@ def test_an_unknown_model_passes_the_self_test_or_is_refused() -> None:
 def test_what_cannot_be_applied_is_refused_in_a_sentence(flux: Loop) -> None:
     with pytest.raises(UnsupportedModelError, match=r"takes a transformer, got Loop; pass pipe.transformer"):
         apply_block_dance(flux, ENDLESS)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="config must be a BlockDanceConfig, got Schedule"):
+        apply_block_dance(flux.transformer, Schedule.parse("cr", 1))  # type: ignore[arg-type]
     with pytest.raises(ScheduleError, match=r"cutoff_block must be in \[0, 3\] for 5 blocks, got 4"):
         apply_block_dance(flux.transformer, BlockDanceConfig(2, 4))
     with pytest.raises(ConfigError, match="num_steps must be None or an integer of at least 1, got 0"):

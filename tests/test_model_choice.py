@@ -1,6 +1,7 @@
 """Visitors choose among models: each gets their own, memory stays bounded, and what cannot be loaded changes nothing."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -102,14 +103,14 @@ def test_memory_holds_the_first_model_and_the_last_used(models: Models) -> None:
         del engine
         gc.collect()
         assert sum(model() is not None for model in alive) <= KEPT
-        assert models.has(DEMO)
+        assert models.loaded(DEMO) is not None
     assert done(models, DEMO).variant is not None
 
 
 def test_a_model_that_lost_its_place_is_loaded_again(models: Models) -> None:
     first = done(models, SMALL)
     models.engine(ALSO_SMALL)
-    assert not models.has(SMALL)
+    assert models.loaded(SMALL) is None
     updates = list(Handlers(models).update_page("golden retriever", 0, 6, 3.0, "DDIM", 2, 3, 0.25, 0.95, "cosine", SMALL))
     assert f"loading {SMALL}" in updates[0][0]
     pictures = [update[2] for update in updates if isinstance(update[2], np.ndarray)]
@@ -122,7 +123,47 @@ def test_a_model_out_of_reach_is_a_toast_and_nothing_is_lost(models: Models, toa
     assert last[1] == SMALL and all(is_left_alone(update) for update in last[2:])
     (toast,) = toasts
     assert "PixArt-alpha/PixArt-XL-2-1024-MS is not on this machine" in toast and "hf download" in toast
-    assert models.has(SMALL) and models.has(DEMO)
+    assert models.loaded(SMALL) is not None and models.loaded(DEMO) is not None
+
+
+def test_a_model_that_cannot_be_loaded_is_a_toast_too(
+    models: Models, toasts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(ImportError("no sentencepiece"))
+    )
+    *_, last = Handlers(models).choose_model(SMALL, DEMO)
+    assert last[1] == DEMO
+    assert toasts[0].endswith("cannot be loaded: no sentencepiece.")
+
+
+@pytest.mark.parametrize("name", ["open-sora-1.0-16x256x256", "/", "../model"])
+def test_only_what_the_page_offers_can_be_chosen(models: Models, toasts: list[str], name: str) -> None:
+    """A visitor may not have the server load any folder it holds."""
+    *_, last = Handlers(models).choose_model(name, DEMO)
+    assert last[1] == DEMO and "model must be one of demo, dit-xl-2-256, " in toasts[0] and repr(name) in toasts[0]
+    updates = list(Handlers(models).update_page("red apple", 0, 6, 3.0, "DDIM", 2, 3, 0.25, 0.95, "cosine", name))
+    assert all(is_left_alone(update) for update in updates[-1][1:]) and len(toasts) == 2
+
+
+def test_models_in_memory_stay_at_hand_while_another_is_loaded(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+    whole = app.models.load_pipeline
+
+    def slow(name: str) -> Any:
+        loading.set()
+        assert go_on.wait(60)
+        return whole(name)
+
+    monkeypatch.setattr(app.models, "load_pipeline", slow)
+    loader = threading.Thread(target=models.engine, args=(SMALL,))
+    loader.start()
+    assert loading.wait(60)
+    assert "10 of 14 blocks" in Handlers(models).preview(30, 2, 9, 0.4, 0.95, DEMO)
+    assert done(models, DEMO).variant is not None
+    go_on.set()
+    loader.join()
+    assert models.loaded(SMALL) is not None
 
 
 def test_a_class_the_model_does_not_know_is_a_toast(models: Models, toasts: list[str]) -> None:
@@ -154,6 +195,23 @@ def test_scripts_may_name_a_model_or_not(client: Client) -> None:
     *_, box_again = client.predict(**common, prompt="red apple", cutoff_block=9, api_name="/compare")
     assert (box["num_blocks"], other["num_blocks"]) == (14, BLOCKS)
     assert box_again == box
+
+
+def test_two_visitors_at_once_get_the_model_they_chose(client: Client) -> None:
+    settings = {DEMO: {"prompt": "octopus", "cutoff_block": 9}, SMALL: {"prompt": "tench", "cutoff_block": 3}}
+    got: dict[str, Any] = {}
+
+    def visit(name: str) -> None:
+        own = Client(client.src, verbose=False)
+        got[name] = own.predict(seed=1, steps=6, **settings[name], model=name, api_name="/compare")[2]
+
+    visitors = [threading.Thread(target=visit, args=(name,)) for name in settings]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    assert {name: figures["num_blocks"] for name, figures in got.items()} == {DEMO: 14, SMALL: BLOCKS}
+    assert {name: figures["prompt"] for name, figures in got.items()} == {DEMO: "octopus", SMALL: "tench"}
 
 
 def test_the_app_starts_with_the_model_it_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
