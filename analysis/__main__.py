@@ -10,12 +10,16 @@ import transformers
 from analysis.architectures import ARCHITECTURES
 from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_bench
 from analysis.bench_app import STARTS
-from analysis.experiment import MAX_STEPS
+from analysis.compare import COMPARE_RESULTS, compare, read_prompts
+from analysis.experiment import MAX_STEPS, Request
 from analysis.full_size import CPU_STEPS, DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
+from analysis.metrics import perceptual_distance
 from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
+from analysis.rivals import METHODS
 from analysis.tables import BEGIN, END, render, update_readme
+from analysis.tables_compare import compare_figure, render_compare, update_compare
 from analysis.tables_full_size import render_full_size, update_full_size
-from blockdance import MIN_STEPS, BlockDanceError
+from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add_bench(commands.add_parser("bench", help="measure speedup, overheads, cache and app, and write a results file"))
+    add_compare(commands.add_parser("compare", help="compare BlockDance with what a user would pick instead"))
     add_tables(commands.add_parser("tables", help="write the README's tables from a results file"))
     return parser
 
@@ -70,6 +75,24 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     full.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
 
 
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw prompts with the plain sampler and with every method at every one of its settings, and write one JSON line for "
+        "each. What the results file has is not computed again."
+    )
+    parser.add_argument("--prompts", nargs="+", help="what to draw (default: the 64 of analysis/prompts.txt)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"among {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--steps", type=int, default=30, help=f"sampling steps, 1 to {MAX_STEPS} (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=COMPARE_RESULTS.parent,
+        help="folder for results.jsonl and curves.html (default: assets/results, where the file is compare.jsonl)",
+    )
+    parser.set_defaults(run=run_compare)
+
+
 def add_tables(parser: argparse.ArgumentParser) -> None:
     parser.description = f"Replace what stands between {BEGIN} and {END} by tables made from a results file."
     parser.add_argument(
@@ -80,6 +103,12 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=FULL_SIZE_RESULTS,
         help="results file of the benches at full size, if there is one (default: assets/results/full_size.jsonl)",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        default=COMPARE_RESULTS,
+        help="results file of the comparison, if there is one (default: assets/results/compare.jsonl)",
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to update (default: README.md)")
     parser.set_defaults(run=tables)
@@ -113,8 +142,21 @@ def bench_full_size(args: argparse.Namespace) -> None:
     print(f"\nwritten             {out}")
 
 
+def run_compare(args: argparse.Namespace) -> None:
+    requests = [Request(prompt, args.seed, args.steps) for prompt in args.prompts or read_prompts()]
+    out = COMPARE_RESULTS if args.out == COMPARE_RESULTS.parent else args.out / "results.jsonl"
+    lines = compare(load_demo_pipeline(), requests, args.methods, perceptual_distance(), out)
+    print(render_compare(lines, str(out)))
+    curves = args.out / "curves.html"
+    if out != COMPARE_RESULTS:
+        compare_figure(lines).write_html(curves, include_plotlyjs=True)
+    print(f"\nwritten             {out}")
+
+
 def tables(args: argparse.Namespace) -> None:
     update_readme(args.readme, read_records(args.results), args.results)
+    if args.compare.exists():
+        update_compare(args.readme, read_records(args.compare), args.compare)
     if args.full_size.exists():
         update_full_size(args.readme, read_records(args.full_size), args.full_size)
     print(f"written             {args.readme}")
