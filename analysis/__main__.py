@@ -12,7 +12,7 @@ from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_b
 from analysis.bench_app import STARTS
 from analysis.compare import COMPARE_RESULTS, compare, read_prompts
 from analysis.experiment import MAX_STEPS, Request
-from analysis.full_size import CPU_STEPS, DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
+from analysis.full_size import DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
 from analysis.metrics import perceptual_distance
 from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.rivals import METHODS
@@ -58,7 +58,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     full = parser.add_argument_group(
         "at full size",
         "the true architecture of one of the paper's models in a bare sampling loop, on the GPU if there is one; what the "
-        "results file has is not measured again, so a bench that was cut off goes on where it was",
+        "results file has from the same commit is not measured again, so a bench that was cut off goes on where it was",
     )
     full.add_argument("--model", metavar="NAME", help=f"one of {', '.join(ARCHITECTURES)}")
     full.add_argument(
@@ -69,9 +69,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     full.add_argument(
         "--steps",
         type=int,
-        help=f"sampling steps, {MIN_STEPS} to {MAX_STEPS} (default: the preset's; on a CPU at most {CPU_STEPS}, which is said)",
+        help=f"sampling steps, {MIN_STEPS} to {MAX_STEPS} (default: the preset's; on a CPU half of them, which is said)",
     )
-    full.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPES)} (default: %(default)s)")
+    full.add_argument("--dtype", help=f"one of {', '.join(DTYPES)} (default: bfloat16 on the GPU, float32 on the CPU)")
     full.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
 
 
@@ -118,6 +118,8 @@ def bench(args: argparse.Namespace) -> None:
     if args.model is not None:
         bench_full_size(args)
         return
+    if args.random_weights:
+        raise BenchError(f"--random-weights needs --model, one of {', '.join(ARCHITECTURES)}")
     out = args.out or RESULTS
     records: list[Record] = run_bench(args.only, REPEATS if args.repeats is None else args.repeats, out)
     print(render(records, str(out)))

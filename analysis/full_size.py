@@ -1,29 +1,32 @@
 """What BlockDance saves and costs at full size, with random weights, on the GPU if there is one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from analysis.architectures import ARCHITECTURES, Sampler, sampler_for, with_random_weights
 from analysis.experiment import MAX_STEPS, check_range
-from analysis.records import RESULTS, BenchError, Record, provenance, read_records, write_records
-from analysis.stopwatch import interleaved, now, paired_ratios, seconds_of, spread
+from analysis.records import RESULTS, BenchError, Record, commit, provenance, read_records, write_records
+from analysis.stopwatch import interleaved, paired_ratios, spread
 from blockdance import MIN_STEPS, Schedule, Trace, accelerate, fixed_schedule
 from blockdance.presets import PRESETS
 
 FULL_SIZE_RESULTS = RESULTS.with_name("full_size.jsonl")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FULL_SIZE_REPEATS = 3
-CPU_STEPS = 20
-"""What a CPU does by default where the preset has more; the fractions of the run stay the same."""
 WARM_UP_STEPS = MIN_STEPS
 MAX_BATCH = 64
 KEY = ("architecture", "batch", "reuse_interval", "steps", "dtype", "device", "compiled")
-"""What tells one measurement from another; it is not made again while the results file has it."""
+"""What tells one measurement from another; it is not made again while the results file has it from the same commit."""
+
+Run = int | Literal["baseline", "outside"]
+"""A timed run: the paper's N, the plain sampler, or the plain sampler with its blocks left out."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,13 @@ class Job:
     steps: int | None = None
     """None: the preset's."""
     repeats: int = FULL_SIZE_REPEATS
-    dtype: str = "bfloat16"
-    """A key of DTYPES."""
+    dtype: str | None = None
+    """A key of DTYPES; None: bfloat16 on the GPU, float32 on the CPU."""
     compiled: bool = False
 
     def __post_init__(self) -> None:
         defaults(self.name)
-        if self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise BenchError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for batch in self.batches:
             check_range("batch", batch, 1, MAX_BATCH, int)
@@ -64,6 +67,11 @@ class Job:
         """Sampling steps of every run."""
         return self.steps or PRESETS[self.name].steps
 
+    @property
+    def run_dtype(self) -> str:
+        """A key of DTYPES."""
+        return self.dtype or ("bfloat16" if device_here().type == "cuda" else "float32")
+
     def schedule(self, interval: int, num_blocks: int) -> Schedule:
         """The paper's, with another N."""
         config = PRESETS[self.name].config
@@ -72,7 +80,7 @@ class Job:
 
     def key(self, batch: int, interval: int) -> tuple[Any, ...]:
         """Of the record that measures this."""
-        return self.name, batch, interval, self.run_steps, self.dtype, device_here().type, self.compiled
+        return self.name, batch, interval, self.run_steps, self.run_dtype, device_here().type, self.compiled
 
 
 def defaults(name: str) -> tuple[tuple[int, ...], int | None]:
@@ -85,86 +93,128 @@ def defaults(name: str) -> tuple[tuple[int, ...], int | None]:
         raise BenchError(f"model must be one of {', '.join(ARCHITECTURES)}, got {name!r}")
     if device_here().type == "cuda":
         return (1, 4, 16), None
-    return (1,), min(CPU_STEPS, PRESETS[name].steps)
+    return (1,), PRESETS[name].steps // 2  # which keeps the ideal as it is
 
 
 def run_full_size(job: Job, out: Path) -> list[Record]:
-    """Measure what the results file does not have yet, and write it after every batch size.
+    """Measure what the results file does not have from this commit, and write it after every batch size.
 
     Returns:
         All records of the file.
 
     Raises:
-        BenchError: the results file cannot be read.
+        BenchError: the results file cannot be read, or a batch does not fit in the GPU's memory.
     """
     records = read_records(out) if out.exists() else []
-    missing = {
-        batch: intervals
-        for batch in job.batches
-        if (intervals := [n for n in job.intervals if not any(key_of(record) == job.key(batch, n) for record in records)])
-    }
+    missing = missing_intervals(job, records)
     if missing:
-        model = with_random_weights(ARCHITECTURES[job.name].build, device_here(), DTYPES[job.dtype])
+        model = with_random_weights(ARCHITECTURES[job.name].build, device_here(), DTYPES[job.run_dtype])
         for block in blocks_of(model) if job.compiled else []:
             block.compile(fullgraph=True)
     for batch, intervals in missing.items():
-        sampler = sampler_for(job.name, model, batch)
-        records += measure(job, sampler, batch, intervals)
+        try:
+            found = measure(job, sampler_for(job.name, model, batch), batch, intervals)
+        except torch.OutOfMemoryError as error:
+            raise BenchError(f"batch must fit in the GPU's memory, which {job.name} with {batch} does not") from error
+        replaced = {key_of(record) for record in found}
+        records = [record for record in records if key_of(record) not in replaced] + found
         write_records(out, records)
     return records
+
+
+def missing_intervals(job: Job, records: list[Record]) -> dict[int, list[int]]:
+    """For every batch size the intervals that no record of this commit measures; what is asked for twice counts once."""
+    here = commit()
+    known = {key_of(record) for record in records if record["commit"] == here}
+    missing = {batch: [n for n in dict.fromkeys(job.intervals) if job.key(batch, n) not in known] for batch in job.batches}
+    return {batch: intervals for batch, intervals in missing.items() if intervals}
 
 
 def measure(job: Job, sampler: Sampler, batch: int, intervals: list[int]) -> list[Record]:
     """The baseline and every interval in the same rounds."""
     steps, num_blocks = job.run_steps, len(blocks_of(sampler.transformer))
     schedules = {interval: job.schedule(interval, num_blocks) for interval in intervals}
-    sampler(WARM_UP_STEPS)
-    traces = {interval: accelerated(sampler, schedule) for interval, schedule in schedules.items()}
-    runs: dict[int, Callable[[], object]] = {1: partial(sampler, steps)}
-    runs |= {interval: partial(accelerated, sampler, schedule) for interval, schedule in schedules.items()}
-    seconds = interleaved(runs, job.repeats, f"{job.name}, batch {batch}")
-    peaks = {interval: peak_bytes(run) for interval, run in runs.items()}
-    common = provenance() | {
-        "bench": "full_size",
-        "architecture": job.name,
-        "num_blocks": num_blocks,
-        "parameters": sum(weight.numel() for weight in sampler.transformer.parameters()),
-        "batch": batch,
-        "steps": steps,
-        "preset_steps": PRESETS[job.name].steps,
-        "dtype": job.dtype,
-        "device": device_here().type,
-        "compiled": job.compiled,
-        "repeats": job.repeats,
-        "outside_fraction": outside_fraction(sampler, steps),
-        "baseline_peak_bytes": peaks[1],
-    }
+    traces: dict[int, Trace] = {}
+
+    def ours(interval: int) -> None:
+        traces[interval] = accelerated(sampler, schedules[interval])
+
+    warm_up(job, sampler, num_blocks)
+    plain = partial(sampler, steps)
+    runs: dict[Run, Callable[[], object]] = {"baseline": plain, **{interval: partial(ours, interval) for interval in intervals}}
+    with_outside: dict[Run, Callable[[], object]] = runs | {"outside": partial(outside, sampler, steps)}
+    seconds = interleaved(with_outside, job.repeats, f"{job.name}, batch {batch}")
+    peaks = {name: peak_bytes(run) for name, run in runs.items()}
+    common = circumstances_of(job, sampler, batch) | {"baseline_peak_bytes": peaks["baseline"]}
     return [
-        common | {"peak_bytes": peaks[interval]} | speedup(job, interval, schedules[interval], traces[interval], seconds)
-        for interval in intervals
+        common | {"peak_bytes": peaks[interval]} | speedup(job, interval, traces[interval], seconds) for interval in intervals
     ]
 
 
-def speedup(job: Job, interval: int, schedule: Schedule, trace: Trace, seconds: dict[int, list[float]]) -> Record:
+def warm_up(job: Job, sampler: Sampler, num_blocks: int) -> None:
+    """A short run of each kind, so that no timed one pays for what happens once.
+
+    Compiled blocks have four graphs for a batch size and dynamo keeps eight, so those of the last batch size are dropped.
+    """
+    if job.compiled:
+        torch.compiler.reset()
+    sampler(WARM_UP_STEPS)
+    accelerated(sampler, replace(job, steps=WARM_UP_STEPS).schedule(2, num_blocks))
+    outside(sampler, WARM_UP_STEPS)
+
+
+def circumstances_of(job: Job, sampler: Sampler, batch: int) -> Record:
+    """What all records of a batch size have in common."""
+    return provenance() | {
+        "bench": "full_size",
+        "architecture": job.name,
+        "num_blocks": len(blocks_of(sampler.transformer)),
+        "parameters": sum(weight.numel() for weight in sampler.transformer.parameters()),
+        "batch": batch,
+        "steps": job.run_steps,
+        "preset_steps": PRESETS[job.name].steps,
+        "dtype": job.run_dtype,
+        "device": device_here().type,
+        "compiled": job.compiled,
+        "repeats": job.repeats,
+    }
+
+
+def speedup(job: Job, interval: int, trace: Trace, seconds: Mapping[Run, list[float]]) -> Record:
     """Measured and ideal, of one interval."""
-    ours = spread("seconds", seconds[interval])
-    baseline = spread("baseline_seconds", seconds[1])
-    measured = float(baseline["baseline_seconds"]) / float(ours["seconds"])  # type: ignore[arg-type]
+    baseline, ours, outside_blocks = (float(np.median(seconds[run])) for run in ("baseline", interval, "outside"))
+    measured, evaluated = baseline / ours, trace.block_evaluations / trace.baseline_block_evaluations
+    with_outside = ideal_with_outside(evaluated, outside_blocks / baseline)
+    assert trace.schedule is not None
     return {
         "reuse_interval": interval,
-        "cutoff_block": schedule.cutoff_block,
-        "schedule": str(schedule),
+        "cutoff_block": trace.schedule.cutoff_block,
+        "schedule": str(trace.schedule),
         "speedup_measured": measured,
-        **spread("speedup_paired", paired_ratios(seconds[1], seconds[interval])),
+        **spread("speedup_paired", paired_ratios(seconds["baseline"], seconds[interval])),
         "speedup_ideal": trace.speedup_ideal,
         "fraction_of_ideal": measured / trace.speedup_ideal,
+        "speedup_ideal_with_outside": with_outside,
+        "fraction_of_ideal_with_outside": measured / with_outside,
         "block_evaluations": trace.block_evaluations,
         "baseline_block_evaluations": trace.baseline_block_evaluations,
         "cache_bytes": trace.cache_bytes,
         "paper_speedup": ARCHITECTURES[job.name].paper_speedup if interval == 2 else None,
-        **ours,
-        **baseline,
+        **spread("seconds", seconds[interval]),
+        **spread("baseline_seconds", seconds["baseline"]),
+        **spread("outside_seconds", seconds["outside"]),
+        "outside_fraction": outside_blocks / baseline,
     }
+
+
+def ideal_with_outside(evaluated: float, outside_fraction: float) -> float:
+    """The ideal speedup if what is outside the blocks, a share of the plain run's time, is not saved.
+
+    Args:
+        evaluated: block evaluations over those of the plain run, in (0, 1].
+        outside_fraction: in [0, 1]; 0 gives the ideal that counts blocks alone.
+    """
+    return 1 / (outside_fraction + (1 - outside_fraction) * evaluated)
 
 
 def accelerated(sampler: Sampler, schedule: Schedule) -> Trace:
@@ -174,22 +224,30 @@ def accelerated(sampler: Sampler, schedule: Schedule) -> Trace:
     return trace
 
 
-def outside_fraction(sampler: Sampler, steps: int) -> float:
-    """The share of a plain run's time that is not spent in blocks, from one run that waits for the device at every block."""
-    entered: list[float] = []
-    inside: list[float] = []
-    hooks = [
-        hook
-        for block in blocks_of(sampler.transformer)
-        for hook in (
-            block.register_forward_pre_hook(lambda *_: entered.append(now())),
-            block.register_forward_hook(lambda *_: inside.append(now() - entered[-1])),
-        )
-    ]
-    total = seconds_of(partial(sampler, steps))
-    for hook in hooks:
-        hook.remove()
-    return 1 - sum(inside) / total
+def outside(sampler: Sampler, steps: int) -> None:
+    """A plain run in which the blocks do nothing: embeddings, output layer, guidance and scheduler remain."""
+    with without_blocks(sampler.transformer):
+        sampler(steps)
+
+
+@contextmanager
+def without_blocks(model: Any) -> Iterator[None]:
+    """Blocks put out what they are given; their classes are swapped, as DiT reads an embedding off its first block."""
+    blocks = list(blocks_of(model))
+    classes = [type(block) for block in blocks]
+    idle = {cls: idle_class(cls) for cls in classes}
+    for block, cls in zip(blocks, classes, strict=True):
+        block.__class__ = idle[cls]
+    try:
+        yield
+    finally:
+        for block, cls in zip(blocks, classes, strict=True):
+            block.__class__ = cls
+
+
+def idle_class(cls: type) -> type:
+    """A block whose call does nothing, also if it is compiled."""
+    return type(cls.__name__, (cls,), {"__call__": lambda block, hidden, *_, **__: hidden})
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:

@@ -93,9 +93,11 @@ def _record(line: str, number: int, file: Path) -> Record:
 
 
 def write_records(file: Path, records: Sequence[Record]) -> None:
-    """Replace a results file as a whole."""
+    """Replace a results file as a whole, in one stroke, so that being killed meanwhile loses nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    new = file.with_name(file.name + ".new")
+    new.write_text("".join(json.dumps(record) + "\n" for record in records))
+    new.replace(file)
 
 
 def kept(file: Path, measured: Collection[str]) -> list[Record]:

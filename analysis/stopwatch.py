@@ -34,9 +34,9 @@ def interleaved(runs: Mapping[Name, Callable[[], object]], repeats: int, what: s
         what: label of the progress bar.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(repeats), desc=what, unit="round"):
-        for name in reversed(list(runs)) if turn % 2 else list(runs):
-            seconds[name].append(seconds_of(runs[name]))
+    order = [name for turn in range(repeats) for name in (reversed(list(runs)) if turn % 2 else runs)]
+    for name in tqdm(order, desc=what, unit="run"):
+        seconds[name].append(seconds_of(runs[name]))
     return seconds
 
 

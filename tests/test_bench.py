@@ -95,6 +95,21 @@ def test_a_results_file_is_rewritten_as_a_whole_and_read_back(tmp_path: Path) ->
     assert [json.loads(line)["bench"] for line in file.read_text().splitlines()] == ["cache"]
 
 
+def test_a_write_that_is_cut_off_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bench.jsonl"
+    write_records(file, [{"bench": "app"}])
+
+    def cut_off(path: Path, text: str) -> None:
+        with path.open("w") as half:
+            half.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_records(file, [{"bench": "cache"}])
+    assert read_records(file) == [{"bench": "app"}]
+
+
 def test_a_bench_of_some_keeps_the_records_of_the_others(tmp_path: Path) -> None:
     file = tmp_path / "bench.jsonl"
     assert kept(file, ["app"]) == []

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from analysis import full_size
 from analysis.__main__ import main
 from analysis.architectures import ARCHITECTURES, Architecture, sampler_for, with_random_weights
-from analysis.full_size import Job, run_full_size
-from analysis.records import BenchError, Record
+from analysis.full_size import Job, ideal_with_outside, run_full_size
+from analysis.records import BenchError, Record, read_records, write_records
 from analysis.tables_full_size import BEGIN, END, render_full_size, update_full_size
 from blockdance import BlockDanceError
 from blockdance.models.stdit import STDiT
@@ -58,6 +59,14 @@ def test_every_architecture_takes_its_conditions(name: str) -> None:
     assert sample.shape == (2, 8, *architecture.latent[1:])
 
 
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("interval", [2, 3])
+def test_half_of_the_steps_have_the_same_ideal_to_a_hundredth(name: str, interval: int) -> None:
+    half = PRESETS[name].steps // 2
+    ideals = [Job(name, steps=steps).schedule(interval, 28).ideal_speedup(28) for steps in (None, half)]
+    assert ideals[0] == pytest.approx(ideals[1], abs=0.03)
+
+
 def test_every_preset_can_be_measured() -> None:
     assert ARCHITECTURES.keys() == PRESETS.keys()
 
@@ -80,7 +89,7 @@ def test_the_ideal_is_the_cost_models_at_the_papers_settings(name: str, interval
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", [DIT, VIDEO])
 def test_a_record_holds_what_the_table_needs(name: str, tmp_path: Path) -> None:
-    records = run_full_size(Job(name, (1, 2), (2, 3), steps=8, repeats=2), tmp_path / "full.jsonl")
+    records = run_full_size(Job(name, (1, 2), (2, 3), steps=8, repeats=2, dtype="bfloat16"), tmp_path / "full.jsonl")
     assert [(record["batch"], record["reuse_interval"]) for record in records] == [(1, 2), (1, 3), (2, 2), (2, 3)]
     for record in records:
         depth = record["num_blocks"]
@@ -91,7 +100,11 @@ def test_a_record_holds_what_the_table_needs(name: str, tmp_path: Path) -> None:
         assert record["speedup_ideal"] == pytest.approx(schedule.ideal_speedup(depth))
         assert record["speedup_measured"] == pytest.approx(record["baseline_seconds"] / record["seconds"])
         assert record["fraction_of_ideal"] == pytest.approx(record["speedup_measured"] / record["speedup_ideal"])
-        assert 0 < record["outside_fraction"] < 1
+        assert record["outside_fraction"] == pytest.approx(record["outside_seconds"] / record["baseline_seconds"])
+        share = record["block_evaluations"] / record["baseline_block_evaluations"]
+        reachable = ideal_with_outside(share, record["outside_fraction"])
+        assert record["speedup_ideal_with_outside"] == pytest.approx(reachable)
+        assert record["fraction_of_ideal_with_outside"] == pytest.approx(record["speedup_measured"] / reachable)
         assert record["paper_speedup"] == (ARCHITECTURES[name].paper_speedup if record["reuse_interval"] == 2 else None)
         assert record["cache_bytes"] == record["batch"] * 2 * 16 * {DIT: 16, VIDEO: 2 * 16}[name] * 2
         assert record["dtype"] == "bfloat16" and record["commit"] is not None
@@ -115,17 +128,83 @@ def test_what_the_file_has_is_not_measured_again(tmp_path: Path, monkeypatch: py
     assert measured == [(1, [2]), (1, [3]), (2, [2, 3])]
     assert out.read_text().startswith(first)
     assert run_full_size(Job(DIT, (1, 2), (2, 3), 6, 1), out) == records and len(measured) == 3
-    run_full_size(Job(DIT, (1,), (2,), 6, 1, dtype="float32"), out)
+    run_full_size(Job(DIT, (1,), (2,), 6, 1, dtype="float16"), out)
     assert len(measured) == 4
     assert len(out.read_text().splitlines()) == 5
 
 
 @pytest.mark.usefixtures("tiny")
+def test_what_another_commit_measured_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "full.jsonl"
+    old = run_full_size(Job(DIT, (1, 2), (2,), 6, 1), out)
+    write_records(out, [record | {"commit": "0000000"} for record in old])
+    commits = [(record["batch"], record["commit"]) for record in run_full_size(Job(DIT, (1,), (2,), 6, 1), out)]
+    assert commits == [(2, "0000000"), (1, old[0]["commit"])]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_asked_for_twice_is_measured_once(tmp_path: Path) -> None:
+    assert len(run_full_size(Job(DIT, (1, 1), (2, 2), 6, 1), tmp_path / "full.jsonl")) == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_batch_that_does_not_fit_is_named_and_the_smaller_ones_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "full.jsonl", full_size.measure
+
+    def small_gpu(job: Job, sampler: Any, batch: int, intervals: list[int]) -> list[Record]:
+        if batch > 1:
+            raise torch.OutOfMemoryError
+        return whole(job, sampler, batch, intervals)
+
+    monkeypatch.setattr(full_size, "measure", small_gpu)
+    with pytest.raises(BenchError, match=f"batch must fit in the GPU's memory, which {DIT} with 16 does not"):
+        run_full_size(Job(DIT, (1, 16), (2,), 6, 1), out)
+    assert [record["batch"] for record in read_records(out)] == [1]
+
+
+def test_the_dtype_is_the_devices_own_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
+        monkeypatch.setattr(full_size, "device_here", partial(torch.device, device))
+        assert Job(DIT).run_dtype == dtype
+        assert Job(DIT, dtype="float16").run_dtype == "float16"
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", [DIT, VIDEO])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_outside_the_blocks_no_block_runs_and_all_come_back(name: str, compiled: bool) -> None:
+    model = with_random_weights(ARCHITECTURES[name].build, torch.device("cpu"), torch.float32)
+    sampler, blocks = sampler_for(name, model, 1), list(full_size.blocks_of(model))
+    classes, entered = [type(block) for block in blocks], []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: entered.append(1))
+        if compiled:
+            block.compile(backend="eager")
+    full_size.outside(sampler, 5)
+    assert not entered
+    sampler(5)
+    assert len(entered) == 5 * len(blocks)
+    with pytest.raises(RuntimeError), full_size.without_blocks(model):
+        raise RuntimeError
+    assert [type(block) for block in full_size.blocks_of(model)] == classes
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "outside", "speedup"), [(0.5, 0.0, 2.0), (0.5, 1.0, 1.0), (0.5, 0.2, 1 / 0.6), (1.0, 0.3, 1.0)]
+)
+def test_what_is_outside_the_blocks_is_not_saved(evaluated: float, outside: float, speedup: float) -> None:
+    assert ideal_with_outside(evaluated, outside) == pytest.approx(speedup)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_compiled_blocks_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled.append(how))
-    records = run_full_size(Job(DIT, (1,), (2,), 6, 1, compiled=True), tmp_path / "full.jsonl")
-    assert compiled == [{"fullgraph": True}] * BLOCKS
+    """Really traced, each block into one graph: what breaks a graph, or needs more graphs than dynamo keeps, is an error."""
+    graphs, whole = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: whole(block, backend=graphs, **how))
+    records = run_full_size(Job(DIT, (1, 2, 3), (2,), 6, 1, compiled=True), tmp_path / "full.jsonl")
+    assert graphs.frame_count > 0
     assert "blocks compiled" in render_full_size(records, "full.jsonl")
 
 
@@ -171,6 +250,7 @@ def test_the_command_writes_lines_and_the_readme_takes_them(
     ("arguments", "message"),
     [
         (["--model", DIT], "--model needs --random-weights"),
+        (["--random-weights"], "--random-weights needs --model, one of dit-xl-2-256"),
         (["--model", "unet", "--random-weights"], "model must be one of dit-xl-2-256"),
         (["--model", DIT, "--random-weights", "--batch", "0"], "batch must be an integer in [1, 64], got 0"),
         (["--model", DIT, "--random-weights", "--intervals", "1"], "intervals must be an integer in [2, 100], got 1"),
