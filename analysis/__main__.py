@@ -8,6 +8,7 @@ import diffusers
 import transformers
 
 from analysis.architectures import ARCHITECTURES
+from analysis.atlas import ATLAS, CUTOFFS, INTERVALS, REQUESTS, ROUNDS, WINDOWS, build_atlas
 from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_bench
 from analysis.bench_app import STARTS
 from analysis.compare import COMPARE_RESULTS, compare, read_prompts
@@ -16,6 +17,7 @@ from analysis.full_size import DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job
 from analysis.metrics import perceptual_distance
 from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.rivals import METHODS
+from analysis.site import export_site
 from analysis.tables import BEGIN, END, render, update_readme
 from analysis.tables_compare import compare_figure, render_compare, update_compare
 from analysis.tables_full_size import render_full_size, update_full_size
@@ -29,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     add_bench(commands.add_parser("bench", help="measure speedup, overheads, cache and app, and write a results file"))
     add_compare(commands.add_parser("compare", help="compare BlockDance with what a user would pick instead"))
+    add_atlas(commands.add_parser("atlas", help="compute the comparisons that the page ships with"))
+    add_site(commands.add_parser("export-site", help="write the explorer as a static site"))
     add_tables(commands.add_parser("tables", help="write the README's tables from a results file"))
     return parser
 
@@ -93,6 +97,23 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_compare)
 
 
+def add_atlas(parser: argparse.ArgumentParser) -> None:
+    settings = len(INTERVALS) * len(CUTOFFS) * len(WINDOWS)
+    parser.description = (
+        f"Draw {len(REQUESTS)} prompts with the plain sampler, with BlockDance at {settings} settings and with fewer steps, "
+        "time them, and write pictures and figures for the page; about ten minutes on two cores."
+    )
+    parser.add_argument("--out", type=Path, default=ATLAS, help="folder to write (default: assets/atlas)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="interleaved timing rounds (default: %(default)s)")
+    parser.set_defaults(run=atlas)
+
+
+def add_site(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Write the explorer over the atlas as a static site that any file server can serve, without Python."
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write")
+    parser.set_defaults(run=site)
+
+
 def add_tables(parser: argparse.ArgumentParser) -> None:
     parser.description = f"Replace what stands between {BEGIN} and {END} by tables made from a results file."
     parser.add_argument(
@@ -124,6 +145,17 @@ def bench(args: argparse.Namespace) -> None:
     records: list[Record] = run_bench(args.only, REPEATS if args.repeats is None else args.repeats, out)
     print(render(records, str(out)))
     print(f"\nwritten             {out}")
+
+
+def atlas(args: argparse.Namespace) -> None:
+    manifest = build_atlas(load_demo_pipeline(), perceptual_distance(), args.out, rounds=args.rounds)
+    size = sum(file.stat().st_size for file in manifest.parent.iterdir())
+    print(f"written             {manifest} and its pictures, {size / 2**20:.1f} MiB")
+
+
+def site(args: argparse.Namespace) -> None:
+    size = export_site(args.folder)
+    print(f"written             {args.folder}, {size / 2**20:.1f} MiB; try `python -m http.server --directory {args.folder}`")
 
 
 def bench_full_size(args: argparse.Namespace) -> None:

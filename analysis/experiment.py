@@ -2,15 +2,19 @@
 
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from torch import Tensor
+from torch.linalg import vector_norm
 
+from analysis.estimates import estimates_of
+from analysis.features import shown_blocks
 from analysis.metrics import PerceptualDistance, difference
-from analysis.pictures import Picture, Video, drawn
+from analysis.pictures import Picture, Video, as_jpeg, drawn
 from blockdance import (
     MIN_STEPS,
     BlockDanceError,
@@ -25,6 +29,7 @@ from blockdance import (
     observe,
     record,
 )
+from blockdance.scheduled import depth_of
 
 SAMPLERS: dict[str, Any] = {
     "DDIM": DDIMScheduler,
@@ -77,6 +82,8 @@ class Baseline:
     recording: Recording
     outside_seconds: float
     """Seconds of the call outside the sampling loop: text encoder and decoder."""
+    estimates: list[Tensor] = field(default_factory=list)
+    """The clean latent that the sampler expected at every step."""
 
     @property
     def seconds(self) -> float:
@@ -92,6 +99,8 @@ class Variant:
     picture: Picture | Video
     trace: Trace
     outside_seconds: float
+    estimates: list[Tensor] = field(default_factory=list)
+    """The clean latent that the sampler expected at every step."""
 
     @property
     def seconds(self) -> float:
@@ -153,17 +162,18 @@ def warm_up(pipe: Any, prompt: str = "red apple") -> None:
 def run_baseline(pipe: Any, request: Request, on_step: OnStep | None = None) -> Baseline:
     """Sample without reuse and record what the model put out."""
     view = with_sampler(pipe, request.sampler)
-    with record(view, on_step=on_step) as recording:
+    with record(view, on_step=on_step) as recording, estimates_of(view) as estimates:
         start = time.perf_counter()
         picture = sample(view, request)
         seconds = time.perf_counter() - start
-    return Baseline(request, picture, recording, seconds - recording.trace.spent_seconds)
+    return Baseline(request, picture, recording, seconds - recording.trace.spent_seconds, estimates)
 
 
 def run_observed(pipe: Any, request: Request, on_step: OnStep | None = None) -> Observation:
-    """Sample without reuse once more, to see where features repeat; kept apart from the timed run."""
+    """Sample without reuse once more, to see where features repeat and what `shown_blocks` hold; apart from the timed run."""
     view = with_sampler(pipe, request.sampler)
-    with observe(view) as observation, accelerate(view, ReuseConfig(1), on_step=on_step):
+    keep = shown_blocks(depth_of(pipe))
+    with observe(view, keep_blocks=keep) as observation, accelerate(view, ReuseConfig(1), on_step=on_step):
         sample(view, request)
     return observation
 
@@ -173,11 +183,11 @@ def run_variant(
 ) -> Variant:
     """Sample with a schedule; with a baseline's recording the steps it shares with the baseline are replayed."""
     view = with_sampler(pipe, request.sampler)
-    with accelerate(view, schedule, replay=replay, on_step=on_step) as trace:
+    with accelerate(view, schedule, replay=replay, on_step=on_step) as trace, estimates_of(view) as estimates:
         start = time.perf_counter()
         picture = sample(view, request)
         seconds = time.perf_counter() - start
-    return Variant(schedule, picture, trace, seconds - trace.spent_seconds)
+    return Variant(schedule, picture, trace, seconds - trace.spent_seconds, estimates)
 
 
 def plan(config: ReuseConfig, request: Request, num_blocks: int) -> Schedule:
@@ -208,6 +218,12 @@ def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) 
     } | difference(baseline.picture, variant.picture, distance)
 
 
+def step_difference(baseline: Baseline, variant: Variant) -> list[float]:
+    """How far the clean estimates are apart at every step: the norm of their difference over the baseline's, >= 0."""
+    pairs = zip(baseline.estimates, variant.estimates, strict=True)
+    return [float(vector_norm(theirs - ours) / vector_norm(ours)) for ours, theirs in pairs]
+
+
 def fewer_steps(request: Request, speedup: float) -> Request:
     """The control beside every comparison: the same request with the number of steps that costs what the schedule costs."""
     return replace(request, steps=max(1, round(request.steps / speedup)))
@@ -218,3 +234,16 @@ def control_figures(baseline: Baseline, control: Baseline, distance: PerceptualD
     steps = control.request.steps
     as_variant = Variant(Schedule.dense(steps), control.picture, control.recording.trace, control.outside_seconds)
     return figures(baseline, as_variant, distance) | {"steps": steps, "speedup_ideal": baseline.request.steps / steps}
+
+
+def another_seed(request: Request) -> Request:
+    """The same request from other noise: the next seed."""
+    return replace(request, seed=request.seed + 1 if request.seed < MAX_SEED else 0)
+
+
+def yardsticks(baseline: Baseline, another: Baseline, distance: PerceptualDistance) -> dict[str, dict[str, Any]]:
+    """What a difference from the baseline's picture may be held against: it saved as a JPEG of quality 90, and another seed."""
+    return {
+        "jpeg": difference(baseline.picture, as_jpeg(baseline.picture), distance),
+        "seed": difference(baseline.picture, another.picture, distance),
+    }

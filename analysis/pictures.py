@@ -1,6 +1,8 @@
 """What a run draws, a picture or a video, and how it is written to a file."""
 
 import importlib.util
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ Video = NDArray[np.uint8]
 FRAMES_PER_SECOND = 8
 """Open-Sora 1.0 draws its 16 frames for two seconds."""
 
+STEP_MILLISECONDS, LAST_MILLISECONDS = 80, 1500
+
 
 def drawn(output: Any) -> Picture | Video:
     """The first picture or video of a pipeline's output, which was asked for as numbers in [0, 1]."""
@@ -26,6 +30,23 @@ def drawn(output: Any) -> Picture | Video:
 
 def is_video(picture: Picture | Video) -> bool:
     return picture.ndim == 4
+
+
+def as_jpeg(picture: Picture, quality: int = 90) -> Picture:
+    """The picture after it was saved as a JPEG and opened again."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def side_by_side_gif(left: Sequence[Picture], right: Sequence[Picture], scale: int = 3) -> bytes:
+    """Two runs step by step, as an endless GIF that rests on the last step."""
+    frames = [Image.fromarray(np.concatenate(pair, axis=1)) for pair in zip(left, right, strict=True)]
+    large = [frame.resize((scale * frame.width, scale * frame.height), Image.Resampling.LANCZOS) for frame in frames]
+    buffer = io.BytesIO()
+    rests = [STEP_MILLISECONDS] * (len(large) - 1) + [LAST_MILLISECONDS]
+    large[0].save(buffer, format="GIF", save_all=True, append_images=large[1:], duration=rests, loop=0)
+    return buffer.getvalue()
 
 
 def save(picture: Picture | Video, stem: Path) -> list[str]:

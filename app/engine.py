@@ -1,5 +1,6 @@
 """Runs comparisons for many visitors on one model: one run at a time, cancellable within a step, and remembered."""
 
+import itertools
 import queue
 import threading
 from collections import OrderedDict
@@ -9,24 +10,34 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from analysis.estimates import decode_estimates
 from analysis.experiment import (
     Baseline,
     Request,
+    another_seed,
     conditioned_on,
     control_figures,
     fewer_steps,
     figures,
-    plan,
     run_baseline,
     run_observed,
     run_variant,
+    step_difference,
     warm_up,
+    yardsticks,
 )
+from analysis.features import component_pictures, shown_blocks
 from analysis.metrics import PerceptualDistance
 from analysis.pictures import Picture
+from analysis.timing import Timing, time_interleaved
 from blockdance import OnStep, ReuseConfig, Schedule, Trace
+from blockdance.accelerate import schedule_for
 from blockdance.scheduled import depth_of
+
+ROUNDS = 5
+"""Rounds of a proper measurement."""
 
 T = TypeVar("T")
 
@@ -42,6 +53,18 @@ class Drawn:
     picture: Picture
     figures: dict[str, Any]
     trace: Trace
+    step_difference: list[float] | None = None
+    """`analysis.experiment.step_difference` of a run with BlockDance."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What observing the baseline showed, in its conditional branch."""
+
+    cosine: NDArray[np.floating]
+    """Similarity map, (num_blocks, num_steps)."""
+    features: dict[int, NDArray[np.uint8] | None]
+    """By block, the principal components of its output on every step, (num_steps, side, side, 3); None for no square grid."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +78,20 @@ class View:
     phase: str = "waiting for the model"
     progress: float = 0.0
     """Fraction of the phase, in [0, 1]; 1 in the last view of all, whose phase is `done`."""
-    baseline: Picture | None = None
+    baseline: Baseline | None = None
     variant: Drawn | None = None
     """With BlockDance."""
-    cosine: NDArray[np.floating] | None = None
-    """Similarity map of the baseline's conditional branch, (num_blocks, num_steps)."""
+    observed: Observed | None = None
+    """Where the baseline's features repeat."""
     control: Drawn | None = None
     """The plain sampler with fewer steps at about the same cost."""
+    baseline_previews: list[Picture] | None = None
+    variant_previews: list[Picture] | None = None
+    """The picture that each step expects; None for large pictures."""
+    yardsticks: dict[str, Any] | None = None
+    """The scale of a difference: `analysis.experiment.yardsticks`."""
+    timing: Timing | None = None
+    """Of interleaved rounds, where that was asked for."""
 
 
 class Memory:
@@ -156,6 +186,7 @@ class Engine:
         self.num_blocks = depth_of(pipe)
         self._model = lock or threading.Lock()
         self._baselines, self._maps, self._variants = Memory(capacity), Memory(capacity), Memory(8 * capacity)
+        self._previews, self._yardsticks = Memory(2 * capacity), Memory(capacity)
         with self._model:
             warm_up(pipe, first_prompt)
 
@@ -170,17 +201,47 @@ class Engine:
             return sorted(word for word in self.pipe.tokenizer.get_vocab() if word.isalpha())
         return sorted(self.pipe.labels) if hasattr(self.pipe, "get_label_ids") else None
 
-    def views(self, request: Request, config: ReuseConfig) -> Iterator[View]:
+    def views(self, request: Request, config: ReuseConfig | Schedule) -> Iterator[View]:
         """Compute a comparison on a worker thread and yield what is known so far, whenever more is.
 
         Closing the iterator cancels the run within one step.
 
         Raises:
-            BlockDanceError: the config does not fit the model, or the prompt; before anything runs.
+            BlockDanceError: the config or schedule does not fit the model or the request, or the model the prompt; before
+                anything runs.
         """
+        yield from self._news_of(self._job(request, config), self._compare)
+
+    def measured(self, request: Request, config: ReuseConfig | Schedule, rounds: int = ROUNDS) -> Iterator[View]:
+        """Like `views`, but times the baseline and BlockDance in interleaved rounds of full runs and draws nothing.
+
+        Raises:
+            BlockDanceError: as `views`.
+        """
+
+        def measure(job: Job) -> None:
+            with self._model:
+                steps = itertools.count(1)
+                in_all = 2 * rounds * request.steps
+
+                def check() -> None:
+                    job.check()
+                    job.learn(phase=f"timing {rounds} rounds", progress=min(1.0, next(steps) / in_all))
+
+                schedule = job.view.schedule
+                job.learn(timing=time_interleaved(self.pipe, request, [schedule], rounds, check)[schedule])
+            job.learn(phase="done", progress=1.0)
+
+        yield from self._news_of(self._job(request, config), measure)
+
+    def _job(self, request: Request, config: ReuseConfig | Schedule) -> Job:
         conditioned_on(self.pipe, request.prompt)
-        job = Job(View(request, plan(config, request, self.num_blocks), config.why_dense(request.steps)))
-        worker = threading.Thread(target=self._work, args=(job,), daemon=True)
+        note = config.why_dense(request.steps) if isinstance(config, ReuseConfig) else None
+        return Job(View(request, schedule_for(config, request.steps, self.num_blocks), note))
+
+    def _news_of(self, job: Job, work: Callable[[Job], None]) -> Iterator[View]:
+        """Do a job on a worker thread and yield its views; closing the iterator cancels it within a step."""
+        worker = threading.Thread(target=self._work, args=(job, work), daemon=True)
         worker.start()
         try:
             yield from job.news()
@@ -188,10 +249,10 @@ class Engine:
             job.cancelled.set()
             worker.join()
 
-    def _work(self, job: Job) -> None:
-        """Compare, and tell the one who waits how it ended."""
+    def _work(self, job: Job, work: Callable[[Job], None]) -> None:
+        """Do the work, and tell the one who waits how it ended."""
         try:
-            self._compare(job)
+            work(job)
             job.updates.put(None)
         except CancelledError:
             job.updates.put(None)
@@ -199,15 +260,21 @@ class Engine:
             job.updates.put(error)
 
     def _compare(self, job: Job) -> None:
-        """Pictures first, then the map, then the control with fewer steps."""
+        """Pictures first, then the map, the control with fewer steps, the steps of both, and the scale of a difference."""
         request, schedule = job.view.request, job.view.schedule
         baseline = self._baseline(job, request, "plain sampler")
-        variant = self._variants.recall((request, schedule), lambda: self._variant(job, baseline, schedule))
-        job.learn(baseline=baseline.picture, variant=variant)
-        job.learn(cosine=self._maps.recall(request, lambda: self._map(job, request)))
+        variant, estimates = self._variants.recall((request, schedule), lambda: self._variant(job, baseline, schedule))
+        job.learn(baseline=baseline, variant=variant)
+        job.learn(observed=self._maps.recall(request, lambda: self._observed(job, request)))
         plain = self._baseline(job, fewer_steps(request, variant.trace.speedup_ideal), "fewer steps")
-        control = Drawn(plain.picture, control_figures(baseline, plain, self.distance), plain.recording.trace)
-        job.learn(control=control, phase="done", progress=1.0)
+        job.learn(control=Drawn(plain.picture, control_figures(baseline, plain, self.distance), plain.recording.trace))
+        job.learn(
+            baseline_previews=self._steps_of(job, (request, None), baseline.estimates),
+            variant_previews=self._steps_of(job, (request, schedule), estimates),
+        )
+        another = self._baseline(job, another_seed(request), "another seed")
+        scale = self._yardsticks.recall(request, lambda: yardsticks(baseline, another, self.distance))
+        job.learn(yardsticks=scale, phase="done", progress=1.0)
 
     def _baseline(self, job: Job, request: Request, phase: str) -> Baseline:
         def run() -> Baseline:
@@ -217,13 +284,24 @@ class Engine:
 
         return self._baselines.recall(request, run)
 
-    def _variant(self, job: Job, baseline: Baseline, schedule: Schedule) -> Drawn:
+    def _variant(self, job: Job, baseline: Baseline, schedule: Schedule) -> tuple[Drawn, list[Tensor]]:
         with self._model:
             job.check()
             variant = run_variant(self.pipe, baseline.request, schedule, baseline.recording, job.on_step("BlockDance"))
-            return Drawn(variant.picture, figures(baseline, variant, self.distance), variant.trace)
+        drawn = figures(baseline, variant, self.distance)
+        return Drawn(variant.picture, drawn, variant.trace, step_difference(baseline, variant)), variant.estimates
 
-    def _map(self, job: Job, request: Request) -> NDArray[np.floating]:
+    def _observed(self, job: Job, request: Request) -> Observed:
         with self._model:
             job.check()
-            return run_observed(self.pipe, request, job.on_step("similarity map")).cosine()[:, :, 0].numpy()
+            observation = run_observed(self.pipe, request, job.on_step("similarity map"))
+        features = {block: component_pictures(observation.features(block)[:, 0]) for block in shown_blocks(self.num_blocks)}
+        return Observed(observation.cosine()[:, :, 0].numpy(), features)
+
+    def _steps_of(self, job: Job, key: Hashable, estimates: list[Tensor]) -> list[Picture] | None:
+        def draw() -> list[Picture] | None:
+            with self._model:
+                job.check()
+                return decode_estimates(self.pipe, estimates)
+
+        return self._previews.recall(key, draw)

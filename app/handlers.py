@@ -1,97 +1,75 @@
-"""What the page does when a visitor acts: plain functions of an engine, with no layout."""
+"""What the page does when a visitor acts: plain functions of the models, with no layout. They keep nothing of a visitor."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
 
-from analysis.experiment import Request, plan
+from analysis.experiment import Request
 from analysis.machine import describe_machine
 from analysis.pictures import Picture
-from analysis.plots import blocks_figure, similarity_figure
-from app.engine import Engine, View
-from app.models import Models
-from app.panels import message_panel, numbers_panel, schedule_panel, status_panel
+from analysis.scene import Json
+from app.engine import Engine
+from app.models import Models, Settings
+from app.news import animation_of, milestones, parse_order, progress, scene_of, timed_scene
 from blockdance import BlockDanceError, ReuseConfig
 from blockdance.presets import DEMO
 
-Updates = tuple[Any, ...]
-"""One value per output of the page: status, three pictures, wipe, numbers, map, bars. `gr.skip()` leaves one as it is."""
-OUTPUTS = 8
-MODEL_OUTPUTS = 14
-"""Of a choice of model: status, the model twice (shown, and current), prompt, the other controls, examples, and known words."""
-
 
 class Handlers:
-    """The page's handlers over the models; they keep nothing of a visitor."""
+    """The page's handlers over the models."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
         self.machine = describe_machine()
 
-    def choose_model(self, name: str, current: str) -> Iterator[Updates]:
-        """Load a model and set the controls for it. If that cannot be, it is a toast, and the model stays the current one."""
-        if self.models.loaded(name) is None:
-            yield (message_panel(f"loading {name} …"), *[gr.skip()] * (MODEL_OUTPUTS - 1))
+    def run(self, order: Json) -> Iterator[Json]:
+        """Draw what a page asks for, and tell it as it goes. Bad input is a toast, and the page stays as it is."""
         try:
-            settings = self.models.settings(name)
+            request, schedule = parse_order(order)
+            engine = yield from self._engine(order)
+            known: list[int] = []
+            for view in engine.views(request, schedule):
+                fresh = milestones(view) != known
+                known = milestones(view)
+                scene = scene_of(view, engine, self.machine) if fresh else None
+                words = engine.unknown_words(request.prompt) if view.phase == "done" else []
+                yield progress(order, view, scene=scene, unknown_words=words)
         except BlockDanceError as error:
-            gr.Warning(f"{error}.")
-            yield (message_panel(""), current, *[gr.skip()] * (MODEL_OUTPUTS - 2))
-            return
-        request, config, deepest = settings.request, settings.config, settings.num_blocks - 2
-        words = settings.known_words
-        yield (
-            message_panel(""),
-            name,
-            name,
-            request.prompt,
-            request.steps,
-            request.guidance,
-            request.sampler,
-            config.reuse_interval,
-            gr.update(maximum=deepest, value=min(config.cutoff_block or 0, deepest)),
-            config.window_start,
-            config.window_end,
-            gr.update(visible=name == DEMO),
-            gr.update(visible=words is not None),
-            ", ".join(words or []),
-        )
+            yield refused(order, error)
 
-    def update_page(
-        self, prompt: str, seed: int, steps: int, guidance: float, sampler: str,
-        reuse_interval: int, cutoff_block: int, window_start: float, window_end: float, scale: str, model: str = DEMO,
-    ) -> Iterator[Updates]:  # fmt: skip
-        """Run a comparison and update the page as it goes. Bad input is a toast, and the page stays as it is."""
+    def measure(self, order: Json) -> Iterator[Json]:
+        """Time the baseline and the asked schedule in interleaved rounds."""
         try:
-            engine = self.models.loaded(model)
-            if engine is None:  # another visitor's took its place
-                yield (message_panel(f"loading {model} …"), *[gr.skip()] * (OUTPUTS - 1))
-                engine = self.models.engine(model)
-            request = Request(prompt, seed, steps, guidance, sampler)
-            config = ReuseConfig(reuse_interval, cutoff_block, window_start, window_end)
-            shown = None
-            for view in engine.views(request, config):
-                yield self._updates(engine, view, shown, scale)
-                shown = view
+            request, schedule = parse_order(order)
+            engine = yield from self._engine(order)
+            for view in engine.measured(request, schedule):
+                yield progress(order, view, scene=timed_scene(view, engine, self.machine) if view.timing else None)
         except BlockDanceError as error:
-            gr.Warning(f"{error}.")
-            yield (gr.skip(),) * OUTPUTS
+            yield refused(order, error)
 
-    def preview(
-        self, steps: int, reuse_interval: int, cutoff_block: int, window_start: float, window_end: float, model: str = DEMO
-    ) -> Any:
-        """What the sliders mean, by arithmetic alone."""
-        engine = self.models.loaded(model)
-        if engine is None:
-            return gr.skip()
-        num_blocks = engine.num_blocks
+    def animate(self, order: Json) -> Iterator[Json]:
+        """Both samplers step by step, as a GIF to download."""
         try:
-            config = ReuseConfig(reuse_interval, cutoff_block, window_start, window_end)
-            request = Request("preview", steps=steps)
-            return schedule_panel(plan(config, request, num_blocks), num_blocks)
+            request, schedule = parse_order(order)
+            engine = yield from self._engine(order)
+            for view in engine.views(request, schedule):
+                animation = animation_of(view) if view.phase == "done" else None
+                if view.phase == "done" and animation is None:
+                    gr.Warning("There is no animation of pictures this large.")
+                yield progress(order, view, animation=animation)
         except BlockDanceError as error:
-            return message_panel(f"{error}.")
+            yield refused(order, error)
+
+    def choose(self, order: Json) -> Iterator[Json]:
+        """Load a model and tell the page what its controls shall show. If that cannot be, it is a toast."""
+        name = str(order.get("model"))
+        yield {"key": order.get("key"), "phase": f"loading {name}", "progress": 0}
+        try:
+            yield {"key": order.get("key"), "phase": "done", "chosen": chosen(name, self.models.settings(name))}
+        except BlockDanceError as error:
+            yield refused(order, error) | {"model": order.get("current")}
 
     def compare(
         self, prompt: str, seed: int, steps: int, guidance: float,
@@ -111,31 +89,36 @@ class Handlers:
             raise gr.Error(f"{error}.", print_exception=False) from error
         assert last.baseline is not None and last.variant is not None and last.control is not None, "the last view is complete"
         more = {"unknown_words": engine.unknown_words(prompt), "note": last.note, "fewer_steps": last.control.figures}
-        return last.baseline, last.variant.picture, last.variant.figures | more
+        return last.baseline.picture, last.variant.picture, last.variant.figures | more
 
-    def _updates(self, engine: Engine, view: View, shown: View | None, scale: str) -> Updates:
-        """The page for a view: what changed since `shown`. Until its pictures are there, the last comparison stays complete.
+    def _engine(self, order: Json) -> Generator[Json, None, Engine]:
+        """The engine of the model an order names; loads it, and says so, if another visitor's took its place."""
+        name = str(order.get("model"))
+        engine = self.models.loaded(name)
+        if engine is None:
+            yield {"key": order.get("key"), "phase": f"loading {name}", "progress": 0}
+            engine = self.models.engine(name)
+        return engine
 
-        What did not change is not sent again: Gradio would write its file anew while the browser may be reading it.
-        """
-        status = status_panel(view)
-        if view.baseline is None or view.variant is None:
-            return (status, *[gr.skip()] * (OUTPUTS - 1))
 
-        def new(name: str) -> bool:
-            return shown is None or shown.variant is not view.variant or getattr(shown, name) is not getattr(view, name)
+def chosen(name: str, settings: Settings) -> Json:
+    """What the page shows for a model, under the names of its own state."""
+    config, deepest = settings.config, settings.num_blocks - 2
+    return {
+        "model": name,
+        "request": asdict(settings.request),
+        "config": {
+            "interval": config.reuse_interval,
+            "cutoff": min(config.cutoff_block or 0, deepest),
+            "start": config.window_start,
+            "end": config.window_end,
+        },
+        "num_blocks": settings.num_blocks,
+        "known_words": settings.known_words,
+    }
 
-        drawn, controlled, mapped = new("variant"), new("control"), new("cosine")
-        numbers = numbers_panel(view, view.variant, engine.unknown_words(view.request.prompt), self.machine)
-        control = None if view.control is None else view.control.picture
-        similarity = None if view.cosine is None else similarity_figure(view.cosine, view.schedule, scale)
-        return (
-            status,
-            view.baseline if drawn else gr.skip(),
-            view.variant.picture if drawn else gr.skip(),
-            control if controlled else gr.skip(),
-            (view.baseline, view.variant.picture) if drawn else gr.skip(),
-            numbers if controlled else gr.skip(),
-            similarity if mapped else gr.skip(),
-            blocks_figure(view.variant.trace.steps) if drawn else gr.skip(),
-        )
+
+def refused(order: Json, error: BlockDanceError) -> Json:
+    """The sentence as a toast, and the news that ends the page's waiting."""
+    gr.Warning(f"{error}.")
+    return {"key": order.get("key"), "phase": "done", "error": str(error)}

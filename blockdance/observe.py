@@ -1,6 +1,6 @@
 """Measure where features repeat: each block's output against its own output one step earlier (the paper's Fig. 2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from blockdance.adapters import Streams, guidance_rows
-from blockdance.errors import SessionError
+from blockdance.errors import ScheduleError, SessionError
 from blockdance.scheduled import joined
 from blockdance.session import ModelCall, Part, Session
 
@@ -30,6 +30,7 @@ class Observation:
     num_steps: int = 0
     _cosine: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     _change: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    _features: dict[tuple[str, int], dict[int, Tensor]] = field(default_factory=dict)
 
     @property
     def branches(self) -> list[str]:
@@ -43,6 +44,17 @@ class Observation:
     def relative_change(self, branch: str = "conditional") -> Tensor:
         """||h_t - h_(t-1)|| / ||h_(t-1)|| over all tokens, >= 0, float32 (num_blocks, num_steps, samples)."""
         return self._matrix(self._change, branch)
+
+    def features(self, block: int, branch: str = "conditional") -> Tensor:
+        """The output of a block that `observe` was asked to keep, (num_steps, samples, tokens, width), on the CPU.
+
+        Raises:
+            SessionError: the block was not kept, or did not run on every step.
+        """
+        seen = self._features.get((branch, block), {})
+        if not seen or len(seen) != self.num_steps:
+            raise SessionError(f"block must be one that was kept and ran on every step, got {block!r} of branch {branch!r}")
+        return torch.stack([seen[step] for step in range(self.num_steps)])
 
     def _matrix(self, source: dict[str, dict[int, Tensor]], branch: str) -> Tensor:
         if branch not in source:
@@ -75,14 +87,16 @@ class Observer(Part):
     done once a step for all blocks together.
     """
 
-    def __init__(self, observation: Observation) -> None:
+    def __init__(self, observation: Observation, keep_blocks: Sequence[int] = ()) -> None:
         self.observation = observation
+        self.keep_blocks = keep_blocks
 
     def begin_run(self, session: Session) -> None:
         self.session = session
         self.observation.num_steps = session.num_steps
         self.observation._cosine.clear()
         self.observation._change.clear()
+        self.observation._features.clear()
         self._held: dict[tuple[int, int], Held] = {}
 
     def watches_blocks(self, call: ModelCall) -> bool:
@@ -110,6 +124,9 @@ class Observer(Part):
             for branch, part in rows.items():
                 self.observation._cosine.setdefault(branch, {})[step] = cosine[:, part]
                 self.observation._change.setdefault(branch, {})[step] = change[:, part]
+                for index in fresh.keys() & set(self.keep_blocks):
+                    states = fresh[index].output[part].cpu().clone()
+                    self.observation._features.setdefault((branch, index), {})[step] = states
 
 
 def token_lengths(states: Tensor) -> Tensor:
@@ -144,18 +161,26 @@ def cosine_of_sides(before: Tensor, now: Tensor, moved: Tensor) -> Tensor:
 
 
 @contextmanager
-def observe(pipe: Any) -> Iterator[Observation]:
+def observe(pipe: Any, *, keep_blocks: Sequence[int] = ()) -> Iterator[Observation]:
     """Record the similarity of adjacent steps for the last run inside; nests with `accelerate` and `record`.
 
-    Streaming: at most one step of hidden states is held.
+    Streaming: at most one step of hidden states is held, but for the blocks to keep.
+
+    Args:
+        pipe: a diffusers pipeline with a supported transformer.
+        keep_blocks: blocks whose output on every step is kept, for `Observation.features` (the paper's Fig. 3).
 
     Yields:
         The observation, complete when the run is.
 
     Raises:
+        ScheduleError: a block to keep that the transformer does not have.
         UnsupportedModelError: the pipeline's transformer or scheduler is not supported.
     """
     observation = Observation(num_blocks=0)
-    with joined(pipe, Observer(observation)) as session:
+    with joined(pipe, Observer(observation, keep_blocks)) as session:
         observation.num_blocks = session.num_blocks
+        strange = [block for block in keep_blocks if not 0 <= block < session.num_blocks]
+        if strange:
+            raise ScheduleError(f"keep_blocks must be in [0, {session.num_blocks - 1}], got {strange[0]}")
         yield observation

@@ -1,0 +1,1060 @@
+// BlockDance Explorer: the page, in one file without a build step. The app and the static site both use it.
+//
+//   BlockDance.mount(element, {atlas: "atlas/", plotly: "plotly.min.js", live: null, settings: {...}})
+//
+// A comparison is found in the atlas (computed ahead), or asked of `live` (the app). Text that a visitor typed reaches the
+// page through textContent, value and canvas only.
+
+(function () {
+"use strict";
+
+// ---------------------------------------------------------------- schedules: the arithmetic of blockdance/schedule.py
+
+const MIN_STEPS = 4;
+const KIND_NAMES = {f: "full", c: "cache", r: "reuse"};
+const KIND_COLOURS = {f: "#9aa5b1", c: "#2f6fde", r: "#f28c28"};
+
+/** Like Python's round(): halves go to the even neighbour. */
+function roundHalfEven(x) {
+  const floor = Math.floor(x), rest = x - floor;
+  return rest === 0.5 ? floor + (floor % 2) : Math.round(x);
+}
+
+function fixedSchedule({interval, start, end}, steps) {
+  const first = roundHalfEven(start * steps), stop = roundHalfEven(end * steps);
+  if (interval === 1 || steps < MIN_STEPS || stop - first < 2) return "f".repeat(steps);
+  return Array.from({length: steps}, (_, step) =>
+    step < first || step >= stop ? "f" : (step - first) % interval ? "r" : "c").join("");
+}
+
+/** A schedule must cache before it reuses. */
+function isValid(kinds, steps) {
+  return kinds.length === steps && /^[fcr]+$/.test(kinds) && !/^[^c]*r/.test(kinds);
+}
+
+function blocksRun(kinds, cutoff, blocks) {
+  return [...kinds].reduce((sum, kind) => sum + (kind === "r" ? blocks - cutoff - 1 : blocks), 0);
+}
+
+function idealSpeedup(kinds, cutoff, blocks) {
+  return blocks * kinds.length / blocksRun(kinds, cutoff, blocks);
+}
+
+/** The cache step that each step reuses, or null. */
+function reusedFrom(kinds) {
+  let last = null;
+  return [...kinds].map((kind, step) => { if (kind === "c") last = step; return kind === "r" ? last : null; });
+}
+
+/** A click on a step: reuse and cache change places; a first cache step goes back to full, since nothing could be reused. */
+function toggled(kinds, step) {
+  const before = kinds.slice(0, step).includes("c");
+  const next = {r: "c", c: before ? "r" : "f", f: before ? "r" : "c"}[kinds[step]];
+  const changed = kinds.slice(0, step) + next + kinds.slice(step + 1);
+  return isValid(changed, kinds.length) ? changed : null;
+}
+
+// ---------------------------------------------------------------- small helpers
+
+const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+const times = (value) => `${value.toFixed(2)}×`;
+const small = (value) => value === 0 ? "0" : value < 0.001 ? value.toFixed(5) : value.toFixed(4);
+const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+/** An element with properties and children; strings become text. */
+function h(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.startsWith("aria-") || name === "role" || name.startsWith("data-")) element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children);
+  return element;
+}
+
+function debounced(wait, action) {
+  let timer;
+  return (...values) => { clearTimeout(timer); timer = setTimeout(() => action(...values), wait); };
+}
+
+function download(name, blob) {
+  const link = h("a", {href: URL.createObjectURL(blob), download: name});
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+const images = new Map();
+const MOST_IMAGES = 200;
+/** The decoded image of an address; live ones are forgotten when there are many. */
+function image(src) {
+  if (!images.has(src)) {
+    const loading = new Image();
+    loading.src = src;
+    images.set(src, loading.decode().then(() => loading));
+    if (images.size > MOST_IMAGES) images.delete(images.keys().next().value);
+  }
+  return images.get(src);
+}
+
+const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
+  .map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+function viridis(fraction) {
+  const place = clamp(fraction, 0, 1) * (VIRIDIS.length - 1), low = Math.min(VIRIDIS.length - 2, Math.floor(place));
+  return `rgb(${VIRIDIS[low].map((from, c) => Math.round(from + (VIRIDIS[low + 1][c] - from) * (place - low))).join()})`;
+}
+
+// ---------------------------------------------------------------- the page's fixed parts
+
+const SKELETON = `
+<header class="bd-header">
+  <div><h1>BlockDance Explorer</h1>
+  <p>One prompt, drawn twice from <b>the same random noise</b>: by the plain sampler, and by <b>BlockDance</b>, which on some steps skips the
+  first blocks of the transformer and reuses what they put out a step before.</p></div>
+  <div class="bd-buttons"><button data-do="tour" data-part="tour" class="primary">Take the tour</button><button data-do="link">Copy link</button></div>
+</header>
+<div class="bd-columns">
+<aside class="bd-controls">
+  <form data-part="prompt"><label for="bd-prompt">Prompt</label>
+    <div class="bd-line"><input id="bd-prompt" autocomplete="off" maxlength="300"><button data-live class="primary">Draw</button></div>
+    <div class="bd-chips" role="group" aria-label="Examples"></div></form>
+  <div data-part="sliders" class="bd-sliders">
+    <label>Reuse interval N <output></output><input type="range" name="interval" min="1" max="6" step="1">
+      <small>One cache step, then N − 1 reuse steps. 1 never reuses.</small></label>
+    <label>Cutoff block i <output></output><input type="range" name="cutoff" min="0" step="1">
+      <small>Blocks 0 to i are skipped on reuse steps.</small></label>
+    <label>Window start <output></output><input type="range" name="start" min="0" max="1" step="0.01">
+      <small>Reuse begins at this fraction of the steps.</small></label>
+    <label>Window end <output></output><input type="range" name="end" min="0" max="1" step="0.01"></label>
+    <p class="bd-edited" hidden>The schedule was edited by hand. <button data-do="unedit">Back to the sliders</button></p>
+  </div>
+  <details data-part="sampling" data-live class="bd-sampling"><summary>Model and sampling</summary>
+    <label>Model <select name="model"></select></label>
+    <label>Seed <input type="number" name="seed" min="0" max="4294967295" step="1"></label>
+    <label>Steps <input type="number" name="steps" min="1" max="100" step="1"></label>
+    <label>Guidance <input type="number" name="guidance" min="1" max="20" step="0.5"></label>
+    <label>Sampler <select name="sampler"></select></label></details>
+  <div class="bd-status"><p role="status" aria-live="polite"></p><progress max="1" value="0" hidden></progress>
+    <button data-do="stop" data-live hidden>Stop</button></div>
+  <details data-part="words" class="bd-words" hidden><summary>Words the model knows</summary><p></p></details>
+</aside>
+<main class="bd-main">
+  <section data-part="pictures" class="bd-pictures" aria-label="Pictures">
+    <figure><canvas data-picture="baseline"></canvas><figcaption>Baseline</figcaption></figure>
+    <figure><canvas data-picture="variant"></canvas><figcaption>BlockDance</figcaption></figure>
+    <figure><canvas data-picture="control"></canvas><figcaption>Fewer steps</figcaption></figure>
+    <figure><canvas data-picture="both" tabindex="0" role="slider" aria-label="Wipe between baseline and BlockDance"
+      aria-valuemin="0" aria-valuemax="100"></canvas><figcaption class="bd-modes" role="group" aria-label="Compare by"></figcaption></figure>
+    <div class="bd-scrubber"><button data-do="play" aria-label="Play the steps">▶</button>
+      <input type="range" name="step" min="0" step="1" aria-label="Step shown"><output></output></div>
+  </section>
+  <section data-part="numbers" class="bd-numbers" aria-label="Numbers"></section>
+  <section data-part="map" class="bd-map"><div class="bd-line"><h2>Where features repeat</h2><div class="bd-scales" role="group" aria-label="Colour scale"></div></div>
+    <p class="bd-note">Cosine similarity of each block's output with its own output one step earlier, in the plain run; bright means it repeats.
+    Hatched cells are reused, never computed. <b>Drag</b> the orange line or the window's edges, <b>click</b> a column to pin its step, click the
+    band below to turn a step from cache to reuse.</p>
+    <div class="bd-canvas"><canvas data-map tabindex="0" role="application"></canvas><div class="bd-tip" hidden></div></div>
+    <p class="bd-plan" aria-live="polite"></p>
+    <details class="bd-table"><summary>The map as a table</summary><div></div></details></section>
+  <section data-part="features" class="bd-features"><h2>What the blocks hold</h2>
+    <p class="bd-note">The first three principal components of a block's output, as red, green and blue, at <b data-step></b>. Structure settles
+    early; texture is made in the deep blocks (the paper's Fig. 3).</p><div class="bd-row"></div></section>
+  <section data-part="strip" class="bd-strip"><h2>The same, with N = 1, 2, 3, 4</h2><div class="bd-row"></div></section>
+  <section data-part="tradeoff" class="bd-tradeoff"><h2>Trade-off</h2>
+    <p class="bd-note">Each dot is a run of this prompt: speedup against difference from the baseline, lower is closer. The line joins the best. Click a dot to
+    load it. Where the control, fewer steps without any cache, lies lower, it wins.</p><div data-plot="tradeoff"></div></section>
+  <section data-part="analysis" class="bd-analysis"><h2>Step by step, block by block</h2>
+    <div class="bd-two"><div data-plot="steps"></div><div data-plot="blocks"></div></div></section>
+  <section data-part="export" class="bd-export"><h2>Take it away</h2><div class="bd-buttons">
+    <button data-do="card">Comparison card (PNG)</button><button data-do="csv">Similarity (CSV)</button><button data-do="json">Run (JSON)</button>
+    <button data-do="animate" data-live>Both samplers (GIF)</button><button data-do="python">Copy Python</button></div></section>
+  <section data-part="how" class="bd-how"><details><summary>How it works, and where it fails</summary>
+    <p>A diffusion transformer removes noise in steps, and in each step the picture goes through all L blocks. Once the structure has settled, the output
+    h<sub>i</sub> of a shallow or middle block hardly differs from the step before. So inside a window of the run, steps form groups of N: one <b>cache
+    step</b>, on which all blocks run and h<sub>i</sub> is stored, and N − 1 <b>reuse steps</b>, which start from it:</p>
+    <math display="block"><mrow><msub><mi>ε</mi><mi>t</mi></msub><mo>=</mo><mi>head</mi><mo>(</mo><msub><mi>B</mi><mrow><mi>L</mi><mo>−</mo><mn>1</mn></mrow></msub><mo>∘</mo><mo>…</mo><mo>∘</mo>
+    <msub><mi>B</mi><mrow><mi>i</mi><mo>+</mo><mn>1</mn></mrow></msub><mo>)</mo><mo>(</mo><msubsup><mi>h</mi><mi>i</mi><mi>cache</mi></msubsup><mo>,</mo><mi>t</mi><mo>)</mo></mrow></math>
+    <p>With a share w of the steps in the window and a share s = (i + 1)/L of the blocks skipped, the cost model gives</p>
+    <math display="block"><mrow><mi>speedup</mi><mo>=</mo><mfrac><mn>1</mn><mrow><mn>1</mn><mo>−</mo><mi>w</mi><mo>(</mo><mn>1</mn><mo>−</mo><mn>1</mn><mo>/</mo><mi>N</mi><mo>)</mo><mi>s</mi></mrow></mfrac></mrow></math>
+    <p>The page counts blocks exactly; that is the <i>ideal</i>. What is <i>measured</i> also pays for everything outside the blocks.</p>
+    <p><b>It fails</b> where adjacent steps differ: early in the run, while structure forms (window start below 0.25); with few steps (below four nothing is
+    reused); and with samplers that add noise on every step, since a reuse step never reads the current latent. Fewer steps are a strong rival: see
+    the trade-off. The method is that of <a href="https://arxiv.org/abs/2503.15927" rel="noopener">BlockDance (Zhang et al., CVPR 2025)</a>; its
+    authors have no part in this page.</p></details></section>
+</main></div>
+<div class="bd-notices" role="alert"></div>
+<aside class="bd-tour" role="dialog" aria-label="Tour" hidden></aside>`;
+
+const MODES = {wipe: "wipe", flip: "flip", difference: "difference ×8"};
+const SCALES = {cosine: "cosine", log: "log(1 − cos)", block: "per block"};
+const DEFAULTS = {
+  request: {prompt: "red apple", seed: 0, steps: 30, guidance: 4, sampler: "DDIM"}, model: "demo",
+  config: {interval: 2, cutoff: 9, start: 0.4, end: 0.95},
+};
+
+// ---------------------------------------------------------------- the explorer
+
+class Explorer {
+  constructor(root, {atlas, plotly, live = null, settings = {}}) {
+    Object.assign(this, {root, atlas, plotly, live, settings});
+    root.classList.add("bd");
+    root.innerHTML = SKELETON;
+    this.scenes = new Map();
+    this.tried = [];
+    this.shipped = [];
+    this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}), edited: null, pinned: null, hover: null,
+                  scale: "cosine", mode: "wipe", wipe: 0.5, flipped: false};
+    this.blocks = settings.num_blocks || 14;
+    this.waiting = null;
+    this.ask = debounced(120, () => this.askNow());
+    this.drawPlots = debounced(150, () => this.drawPlotsNow());
+    this.saveUrl = debounced(250, () => this.saveUrlNow());
+    this.build();
+    this.start();
+  }
+
+  $(selector) { return this.root.querySelector(selector); }
+  all(selector) { return [...this.root.querySelectorAll(selector)]; }
+
+  // ------------------------------------------------------------ what is shown
+
+  get kinds() { return this.state.edited || fixedSchedule(this.state.config, this.state.request.steps); }
+  get cutoff() { return this.state.config.cutoff; }
+  get ideal() { return idealSpeedup(this.kinds, this.cutoff, this.blocks); }
+  get scene() { return this.scenes.get(this.sceneKey()); }
+  get step() { return this.state.hover ?? this.state.pinned; }
+
+  sceneKey(request = this.state.request, model = this.state.model) {
+    return JSON.stringify([model, request.prompt, request.seed, request.steps, request.guidance, request.sampler]);
+  }
+
+  /** The run of a scene with this schedule; one that reuses nothing is the baseline itself, bit for bit. */
+  runOf(scene, kinds = this.kinds, cutoff = this.cutoff) {
+    if (!scene || !scene.baseline) return null;
+    if (!kinds.includes("r")) {
+      const all = scene.num_blocks * kinds.length;
+      return {schedule: kinds, cutoff_block: cutoff, picture: scene.baseline.picture, previews: scene.baseline.previews, lpips: 0, ssim: 1,
+              psnr: null, speedup_ideal: 1, speedup_measured: null, block_evaluations: all, baseline_block_evaluations: all, cache_bytes: 0,
+              step_difference: Array(kinds.length).fill(0)};
+    }
+    return scene.runs.find((run) => run.schedule === kinds && run.cutoff_block === cutoff) || null;
+  }
+
+  /** The control that costs about what the run costs. */
+  controlOf(scene, speedup = this.ideal) {
+    const far = (control) => Math.abs(Math.log(control.speedup_ideal / speedup));
+    return scene && scene.controls.length ? scene.controls.reduce((best, next) => far(next) < far(best) ? next : best) : null;
+  }
+
+  // ------------------------------------------------------------ data comes in
+
+  async start() {
+    this.readUrl();
+    this.render();
+    try {
+      const answer = await fetch(`${this.atlas}manifest.json`);
+      if (!answer.ok) throw new Error(`status ${answer.status}`);
+      this.openAtlas(await answer.json());
+    } catch (error) {
+      this.notice(`The shipped comparisons could not be loaded (${error.message}).`);
+    }
+    this.update();
+    if (!calm() && this.runOf(this.scene)) this.play();
+  }
+
+  openAtlas(manifest) {
+    this.manifest = manifest;
+    const at = (ref) => ref && {...ref, src: this.atlas + ref.src};
+    for (const scene of manifest.scenes) {
+      for (const run of [scene.baseline, ...scene.runs, ...scene.controls]) {
+        run.picture = at(run.picture);
+        run.previews = at(run.previews);
+      }
+      for (const block of Object.keys(scene.features?.blocks || {})) scene.features.blocks[block] = at(scene.features.blocks[block]);
+      scene.shipped = true;
+      this.scenes.set(this.sceneKey(scene.request, "demo"), scene);
+      this.shipped.push(scene);
+    }
+    this.$(".bd-chips").replaceChildren(...this.shipped.map(({request}) =>
+      h("button", {type: "button", "data-key": this.sceneKey(request, "demo"), onclick: () => this.set({model: "demo", request: {...request}, pinned: null, edited: null})},
+        [request.prompt, request.steps !== 30 && `${request.steps} steps`, request.guidance !== 4 && `guidance ${request.guidance}`].filter(Boolean).join(", "))));
+  }
+
+  /** News of a live run: {key, phase, progress, scene?, error?, unknown_words?}. */
+  receive(news) {
+    if (news.scene) this.addScene(news.scene_key, news.scene);
+    if (news.key && news.key === this.waiting?.key) {
+      if (news.error || news.phase === "done") this.waiting = null;
+      else Object.assign(this.waiting, {phase: news.phase, progress: news.progress});
+    }
+    if (news.unknown_words?.length) this.notice(`Words the model does not know, and draws as if they were not there: ${news.unknown_words.join(", ")}.`);
+    if (news.chosen) this.useModel(news.chosen);
+    if (news.animation) download("blockdance.gif", dataBlob(news.animation));
+    if (news.error && news.model) this.state.model = news.model;
+    this.render();
+  }
+
+  addScene(key, scene) {
+    const known = this.scenes.get(key);
+    if (!known && !scene.size) return; // only its timing
+    if (!known) this.scenes.set(key, scene);
+    else {
+      for (const part of ["baseline", "map", "features", "yardsticks", "unknown_words"]) if (scene[part] && !known[part]) known[part] = scene[part];
+      for (const list of ["runs", "controls"]) for (const fresh of scene[list]) {
+        const same = (old) => list === "controls" ? old.steps === fresh.steps : old.schedule === fresh.schedule && old.cutoff_block === fresh.cutoff_block;
+        const at = known[list].findIndex(same);
+        if (at < 0) known[list].push(fresh);
+        else if (fresh.rounds > known[list][at].rounds) known[list][at] = {...known[list][at], ...fresh};
+        else known[list][at].previews ||= fresh.previews;
+      }
+    }
+    if (this.scenes.size > 40 + this.shipped.length) this.forgetOldest();
+  }
+
+  forgetOldest() {
+    const live = [...this.scenes].find(([key, scene]) => !scene.shipped && key !== this.sceneKey());
+    if (live) this.scenes.delete(live[0]);
+  }
+
+  // ------------------------------------------------------------ the visitor acts
+
+  /** Change what is shown; the arithmetic follows at once, the picture when it is there. */
+  set(change) {
+    const {request, config} = this.state;
+    const resetsEdit = (change.config && ["interval", "start", "end"].some((name) => change.config[name] !== undefined && change.config[name] !== config[name]))
+      || (change.request && change.request.steps !== undefined && change.request.steps !== request.steps);
+    Object.assign(this.state, change, {request: {...request, ...change.request}, config: {...config, ...change.config}});
+    if (resetsEdit && change.edited === undefined) this.state.edited = null;
+    const {config: now} = this.state;
+    if (now.start > now.end) { if (change.config?.end === undefined) now.end = now.start; else now.start = now.end; }
+    now.cutoff = clamp(now.cutoff, 0, this.blocks - 2);
+    if (this.state.pinned !== null) this.state.pinned = clamp(this.state.pinned, 0, this.state.request.steps - 1);
+    this.update();
+  }
+
+  update() {
+    this.render();
+    this.saveUrl();
+    const run = this.runOf(this.scene);
+    if (run) this.remember(run);
+    if (!run || (this.live && !this.scene.map)) this.ask();
+  }
+
+  remember(run) {
+    const dot = {key: this.sceneKey(), schedule: run.schedule, cutoff_block: run.cutoff_block};
+    if (!this.tried.some((old) => JSON.stringify(old) === JSON.stringify(dot))) this.tried.push(dot);
+  }
+
+  askNow() {
+    if (this.runOf(this.scene) && this.scene.map) return;
+    if (!this.live) { this.render(); return; }
+    if (!this.state.request.prompt.trim()) { this.notice("Type a prompt, or choose an example."); return; }
+    this.order("run", `${this.sceneKey()}|${this.kinds}/${this.cutoff}`);
+  }
+
+  /** Ask the app for what is shown; the newest order is the one waited for. */
+  order(what, key, more = {}) {
+    if (this.waiting?.key === key) return;
+    if (this.waiting) this.live("stop", {});
+    const {request, model} = this.state;
+    this.waiting = {key, phase: "waiting for the model", progress: 0};
+    this.live(what, {key, scene_key: this.sceneKey(), request, model, kinds: this.kinds, cutoff_block: this.cutoff, ...more});
+    this.render();
+  }
+
+  toggleStep(step) {
+    const changed = toggled(this.kinds, step);
+    if (changed) this.set({edited: changed});
+    else this.notice(`Step ${step} cannot change alone: a reuse step needs a cache step before it.`);
+  }
+
+  play() {
+    clearInterval(this.playing);
+    const steps = this.state.request.steps;
+    let step = 0;
+    const stop = () => { clearInterval(this.playing); this.playing = null; this.render(); };
+    this.playing = setInterval(() => {
+      if (step >= steps) { this.state.pinned = null; stop(); return; }
+      this.state.pinned = step++;
+      this.render();
+    }, 80);
+    this.stopPlaying = stop;
+  }
+
+  notice(text) {
+    const note = h("div", {}, text, h("button", {ariaLabel: "Dismiss", onclick: () => note.remove()}, "×"));
+    this.$(".bd-notices").append(note);
+    setTimeout(() => note.remove(), 9000);
+  }
+
+  useModel({model, request, config, num_blocks, known_words}) {
+    this.blocks = num_blocks;
+    this.settings.known_words = known_words;
+    this.set({model, request, config, edited: null, pinned: null});
+  }
+
+  // ------------------------------------------------------------ wiring
+
+  build() {
+    const {settings} = this;
+    for (const element of this.all("[data-live]")) if (!this.live) element.remove();
+    if (!this.live) this.$("#bd-prompt").parentElement.remove();
+    this.$("form").onsubmit = (event) => { event.preventDefault(); this.set({request: {prompt: this.$("#bd-prompt").value}, pinned: null}); };
+    for (const input of this.all(".bd-sliders input")) input.oninput = () => this.set({config: {[input.name]: Number(input.value)}});
+    for (const name of ["seed", "steps", "guidance"]) {
+      const input = this.$(`[name=${name}]`);
+      if (input) input.onchange = () => this.setNumber(input);
+    }
+    this.fill("sampler", settings.samplers || [], (sampler) => this.set({request: {sampler}}));
+    this.fill("model", settings.models || [], (model) => this.order("choose", "choose", {model, current: this.state.model}));
+    this.all("[data-do]").forEach((button) => { button.type = "button"; button.onclick = () => this[`do_${button.dataset.do}`](); });
+    this.buildPictures();
+    this.buildMap();
+    this.choices(".bd-scales", SCALES, "scale");
+    this.choices(".bd-modes", MODES, "mode");
+    const table = this.$(".bd-table");
+    table.ontoggle = () => this.renderTable();
+    new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) this.wantPlots(); }, {rootMargin: "200px"})
+      .observe(this.$(".bd-tradeoff"));
+    new ResizeObserver(() => this.render()).observe(this.root);
+    const words = settings.known_words;
+    if (words && this.live) { this.$(".bd-words").hidden = false; this.$(".bd-words p").textContent = words.join(", "); }
+  }
+
+  fill(name, values, chosen) {
+    const select = this.$(`select[name=${name}]`);
+    if (!select) return;
+    select.append(...values.map((value) => h("option", {value}, value)));
+    select.onchange = () => chosen(select.value);
+  }
+
+  setNumber(input) {
+    const value = Number(input.value), low = Number(input.min), high = Number(input.max);
+    const whole = input.name === "guidance" ? value : Math.round(value);
+    const kept = clamp(Number.isFinite(whole) ? whole : low, low, high);
+    if (kept !== value || input.value === "") this.notice(`${input.name} must be ${input.name === "guidance" ? "a number" : "an integer"} in [${low}, ${high}], got ${input.value || "nothing"}; ${kept} is used.`);
+    this.set({request: {[input.name]: kept}});
+  }
+
+  choices(place, options, name) {
+    this.$(place).append(...Object.entries(options).map(([value, label]) =>
+      h("button", {type: "button", "data-choice": value, onclick: () => { this.state[name] = value; this.render(); this.saveUrl(); }}, label)));
+  }
+
+  buildPictures() {
+    const scrubber = this.$("[name=step]");
+    scrubber.oninput = () => { if (this.playing) this.stopPlaying(); const step = Number(scrubber.value); this.set({pinned: step >= this.state.request.steps ? null : step}); };
+    const both = this.$("[data-picture=both]");
+    const move = (event) => { const box = both.getBoundingClientRect(); this.state.wipe = clamp((event.clientX - box.left) / box.width, 0, 1); this.renderPictures(); };
+    both.onpointerdown = (event) => {
+      if (this.state.mode === "flip") { this.state.flipped = !this.state.flipped; this.renderPictures(); return; }
+      both.setPointerCapture(event.pointerId);
+      move(event);
+    };
+    both.onpointermove = (event) => { if (event.buttons && this.state.mode === "wipe") move(event); };
+    both.onkeydown = (event) => {
+      const by = {ArrowLeft: -0.05, ArrowRight: 0.05}[event.key];
+      if (by) this.state.wipe = clamp(this.state.wipe + by, 0, 1);
+      else if (event.key === " " || event.key === "Enter") this.state.flipped = !this.state.flipped;
+      else return;
+      event.preventDefault();
+      this.renderPictures();
+    };
+  }
+
+  // ------------------------------------------------------------ rendering
+
+  render() {
+    const {state} = this, {request, config} = state, scene = this.scene;
+    for (const input of this.all(".bd-sliders input")) {
+      if (input.name === "cutoff") input.max = this.blocks - 2;
+      input.value = config[input.name];
+      input.previousElementSibling.textContent = input.name === "start" || input.name === "end" ? config[input.name].toFixed(2) : config[input.name];
+    }
+    for (const [name, value] of Object.entries({...request, model: state.model})) {
+      const control = name === "prompt" ? this.$("#bd-prompt") : this.$(`.bd-sampling [name=${name}]`);
+      if (control && document.activeElement !== control) control.value = value;
+    }
+    for (const button of this.all(".bd-chips button")) button.setAttribute("aria-pressed", button.dataset.key === this.sceneKey());
+    this.$(".bd-edited").hidden = !state.edited;
+    for (const [place, name] of [[".bd-scales", "scale"], [".bd-modes", "mode"]])
+      for (const button of this.all(`${place} button`)) button.setAttribute("aria-pressed", button.dataset.choice === state[name]);
+    this.renderStatus(scene);
+    this.renderPictures();
+    this.renderNumbers(scene);
+    this.renderMap(scene);
+    this.renderFeatures(scene);
+    this.renderStrip(scene);
+    this.renderTable();
+    this.drawPlots();
+    this.tourStep?.check?.call(this);
+  }
+
+  status(text, progress = null) {
+    this.$(".bd-status p").textContent = text;
+    const bar = this.$(".bd-status progress"), stop = this.$("[data-do=stop]");
+    bar.hidden = progress === null;
+    bar.value = progress ?? 0;
+    if (stop) stop.hidden = progress === null;
+  }
+
+  renderStatus(scene) {
+    if (this.waiting) { this.status(`${this.waiting.phase} …`, this.waiting.progress); return; }
+    const run = this.runOf(scene), {request} = this.state;
+    if (!run) { this.status(this.live ? "" : this.manifest ? "Not among the shipped comparisons: this site has no model to run. N = 2, 3, 4 with cutoff 3, 6, 9 or 12, and the window from 0.40 to 0.95 or from 0 to 1, are." : "Loading …"); return; }
+    const how = scene.shipped && !run.live ? "computed ahead, shipped with the page" : "computed live";
+    this.status(`“${request.prompt}”, seed ${request.seed}, ${request.steps} steps, guidance ${request.guidance}, ${request.sampler}: ${how}.`);
+  }
+
+  renderPictures() {
+    const {scene, state, step} = this, steps = state.request.steps;
+    const run = this.runOf(scene), control = this.controlOf(scene);
+    const seen = step !== null && scene?.baseline?.previews && run?.previews ? step : null;
+    const at = (drawn, isControl) => !drawn ? null : seen === null || isControl ? drawn.picture : {...drawn.previews, column: seen};
+    const baseline = at(scene?.baseline), variant = at(run);
+    this.drawTile("baseline", scene, baseline);
+    this.drawTile("variant", scene, variant);
+    this.drawTile("control", scene, at(control, true));
+    this.drawBoth(scene, baseline, variant);
+    const name = (picture, text) => { this.$(`[data-picture=${picture}]`).nextElementSibling.textContent = text; };
+    name("control", control ? `Fewer steps: ${control.steps}` : "Fewer steps");
+    name("variant", run || !scene ? "BlockDance" : "BlockDance …");
+    const scrubber = this.$("[name=step]");
+    scrubber.max = steps;
+    scrubber.value = state.pinned ?? steps;
+    const kind = step === null ? "" : `, ${KIND_NAMES[this.kinds[step]]}`;
+    this.$(".bd-scrubber output").textContent = step === null ? "final picture" : `expected at step ${step} of ${steps}${kind}`;
+    this.$("[data-do=play]").textContent = this.playing ? "⏸" : "▶";
+  }
+
+  /** Draw a tile into a canvas; one that is not there leaves the old one, dimmed. */
+  async drawTile(name, scene, ref) {
+    const canvas = this.$(`[data-picture=${name}]`);
+    canvas.classList.toggle("stale", !ref);
+    if (!ref) return;
+    const [width, height] = scene.size, wanted = canvas.wanted = `${ref.src}|${ref.column}|${ref.row}`;
+    const source = await image(ref.src);
+    if (canvas.wanted !== wanted) return;
+    canvas.dataset.tile = `${ref.column},${ref.row}`;
+    canvas.width = width; canvas.height = height;
+    canvas.getContext("2d").drawImage(source, ref.column * width, ref.row * height, width, height, 0, 0, width, height);
+  }
+
+  async drawBoth(scene, baseline, variant) {
+    const canvas = this.$("[data-picture=both]");
+    canvas.classList.toggle("stale", !(baseline && variant));
+    canvas.setAttribute("aria-valuenow", Math.round(100 * this.state.wipe));
+    if (!baseline || !variant) return;
+    const {mode, wipe, flipped} = this.state, [width, height] = scene.size;
+    const wanted = canvas.wanted = [baseline, variant].map((ref) => `${ref.src}|${ref.column}|${ref.row}`).join() + mode + wipe + flipped;
+    const [left, right] = await Promise.all([image(baseline.src), image(variant.src)]);
+    if (canvas.wanted !== wanted) return;
+    canvas.width = width; canvas.height = height;
+    const context = canvas.getContext("2d", {willReadFrequently: true});
+    const paint = (source, ref) => context.drawImage(source, ref.column * width, ref.row * height, width, height, 0, 0, width, height);
+    if (mode === "flip") { paint(...(flipped ? [right, variant] : [left, baseline])); return; }
+    paint(right, variant);
+    if (mode === "difference") {
+      const theirs = context.getImageData(0, 0, width, height);
+      paint(left, baseline);
+      const ours = context.getImageData(0, 0, width, height);
+      for (let i = 0; i < ours.data.length; i++) if (i % 4 < 3) ours.data[i] = Math.min(255, 8 * Math.abs(ours.data[i] - theirs.data[i]));
+      context.putImageData(ours, 0, 0);
+      return;
+    }
+    const edge = Math.round(wipe * width);
+    context.save();
+    context.beginPath(); context.rect(0, 0, edge, height); context.clip();
+    paint(left, baseline);
+    context.restore();
+    context.fillStyle = KIND_COLOURS.r;
+    context.fillRect(clamp(edge, 0, width - 1), 0, 1, height);
+  }
+
+  coverage() {
+    const reused = [...this.kinds].filter((kind) => kind === "r").length, steps = this.kinds.length;
+    return reused ? `${this.cutoff + 1} of ${this.blocks} blocks reused on ${reused} of ${steps} steps.` : `Nothing is reused: all ${this.blocks} blocks run on all ${steps} steps.`;
+  }
+
+  renderNumbers(scene) {
+    const run = this.runOf(scene), control = this.controlOf(scene), {kinds, cutoff, blocks} = this;
+    const measured = run?.speedup_measured ? times(run.speedup_measured) : run ? "1.00×" : "…";
+    const figure = (value, label, title = "") => h("div", {title}, h("b", {}, value), h("span", {}, label));
+    const rows = [["BlockDance", run], [control ? `plain sampler, ${control.steps} steps` : "fewer steps", control]];
+    for (const [name, key] of [["JPEG, quality 90", "jpeg"], ["another seed", "seed"]]) rows.push([name, scene?.yardsticks?.[key] && {...scene.yardsticks[key], yardstick: true}]);
+    const bar = (value) => h("i", {className: "bd-bar", style: `width:${value > 0 ? clamp((Math.log10(value) + 5) / 5, 0.02, 1) * 100 : 0}%`});
+    const cells = (row) => !row ? ["…", "…", "…", "…", "…"] : [
+      row.yardstick ? "" : row.speedup_measured ? times(row.speedup_measured) : "1.00×", row.yardstick ? "" : times(row.speedup_ideal),
+      h("span", {}, small(row.lpips), bar(row.lpips)), row.ssim.toFixed(4), row.psnr === null ? "∞" : `${row.psnr.toFixed(1)} dB`];
+    const table = h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "difference from the baseline"), ...["measured", "ideal", "LPIPS", "SSIM", "PSNR"].map((name) => h("th", {scope: "col"}, name)))),
+      h("tbody", {}, ...rows.map(([name, row]) => h("tr", {}, h("th", {scope: "row"}, name), ...cells(row).map((cell) => h("td", {}, cell))))));
+    const spread = run?.speedup_quartiles ? `, quartiles ${times(run.speedup_quartiles[0])} to ${times(run.speedup_quartiles[1])}` : "";
+    const often = run && !run.speedup_measured ? "nothing is reused, so nothing was timed" : run?.rounds > 1 ? `medians of ${run.rounds} interleaved rounds${spread}` : "timed once";
+    const note = h("p", {className: "bd-note"}, `${run ? `${often}; ${run.machine || scene.machine}. ` : ""}${(run?.lpips_name || control?.lpips_name) ?? "LPIPS"}, SSIM and PSNR are a difference from the baseline, not a quality; the bars are logarithmic.`);
+    const measure = this.live ? [h("button", {type: "button", className: "bd-measure", disabled: !run || !kinds.includes("r") || Boolean(this.waiting), onclick: () => this.do_measure()}, "Measure properly")] : [];
+    this.$(".bd-numbers").replaceChildren(
+      h("div", {className: "bd-figures"}, figure(times(this.ideal), "ideal speedup", "from block counts"), figure(measured, "measured", "baseline seconds over ours"),
+        figure(run ? small(run.lpips) : "…", "LPIPS"), figure(run ? run.ssim.toFixed(4) : "…", "SSIM")),
+      h("p", {}, `${this.coverage()} ${blocksRun(kinds, cutoff, blocks)} of ${blocks * kinds.length} block evaluations${run?.cache_bytes ? `; cache ${Math.round(run.cache_bytes / 1024)} KiB` : ""}. `, ...measure), table, note);
+  }
+
+  renderFeatures(scene) {
+    const section = this.$(".bd-features"), features = scene?.features;
+    section.classList.toggle("empty", !features);
+    const step = this.step ?? this.state.request.steps - 1;
+    this.$(".bd-features [data-step]").textContent = `step ${step}`;
+    const row = this.$(".bd-features .bd-row");
+    if (!features) { row.replaceChildren(h("p", {className: "bd-note"}, scene ? "Not available for this model." : "…")); return; }
+    const blocks = Object.entries(features.blocks);
+    if (row.children.length !== blocks.length || row.dataset.blocks !== blocks.map(([block]) => block).join()) {
+      row.dataset.blocks = blocks.map(([block]) => block).join();
+      row.replaceChildren(...blocks.map(([block]) => h("figure", {}, h("canvas", {width: features.side, height: features.side}), h("figcaption", {}, `${features.names[block]}: block ${block}`))));
+    }
+    blocks.forEach(async ([, ref], index) => {
+      const canvas = row.children[index].firstChild, side = features.side, source = await image(ref.src);
+      canvas.getContext("2d").drawImage(source, step * side, ref.row * side, side, side, 0, 0, side, side);
+    });
+  }
+
+  renderStrip(scene) {
+    const row = this.$(".bd-strip .bd-row"), {config, request} = this.state;
+    row.replaceChildren(...[1, 2, 3, 4].map((interval) => {
+      const kinds = fixedSchedule({...config, interval}, request.steps), run = this.runOf(scene, kinds, this.cutoff);
+      const canvas = h("canvas", {});
+      if (run && scene) image(run.picture.src).then((source) => {
+        [canvas.width, canvas.height] = scene.size;
+        canvas.getContext("2d").drawImage(source, run.picture.column * canvas.width, run.picture.row * canvas.height, canvas.width, canvas.height, 0, 0, canvas.width, canvas.height);
+      });
+      const told = run ? `${times(run.speedup_ideal)} ideal, LPIPS ${small(run.lpips)}` : `${times(idealSpeedup(kinds, this.cutoff, this.blocks))} ideal, not drawn yet`;
+      const current = interval === config.interval && !this.state.edited;
+      return h("button", {type: "button", "aria-pressed": current, onclick: () => this.set({config: {interval}, edited: null})}, canvas, h("b", {}, `N = ${interval}`), h("span", {}, told));
+    }));
+  }
+
+  // ------------------------------------------------------------ the map: a canvas that is the control
+
+  buildMap() {
+    const canvas = this.$("[data-map]");
+    const place = (event) => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
+    let dragging = null;
+    canvas.onpointerdown = (event) => {
+      const [x, y] = place(event), {kind, step} = this.hit(x, y);
+      if (kind === "cutoff" || kind === "start" || kind === "end") { dragging = kind; canvas.setPointerCapture(event.pointerId); }
+      else if (kind === "band") this.toggleStep(step);
+      else if (kind === "cell") this.set({pinned: this.state.pinned === step ? null : step});
+    };
+    canvas.onpointermove = (event) => {
+      const [x, y] = place(event), target = this.hit(x, y);
+      if (dragging) { this.drag(dragging, x, y); return; }
+      canvas.style.cursor = {cutoff: "ns-resize", start: "ew-resize", end: "ew-resize", band: "pointer", cell: "crosshair"}[target.kind] || "default";
+      const hover = target.kind === "cell" || target.kind === "band" ? target.step : null;
+      this.tip(target, x, y);
+      if (hover !== this.state.hover) { this.state.hover = hover; this.renderPictures(); this.renderMap(this.scene); this.renderFeatures(this.scene); }
+    };
+    canvas.onpointerup = () => { dragging = null; };
+    canvas.onpointerleave = () => { this.state.hover = null; this.$(".bd-tip").hidden = true; this.render(); };
+    canvas.onkeydown = (event) => this.mapKey(event);
+  }
+
+  /** What lies under a point of the map. */
+  hit(x, y) {
+    const {left, top, cell, row, band, bottom} = this.shape, steps = this.kinds.length;
+    const step = Math.floor((x - left) / cell), block = this.blocks - 1 - Math.floor((y - top) / row);
+    if (step < 0 || step >= steps) return {};
+    if (y >= bottom && y < bottom + band) return {kind: "band", step};
+    if (y < top || y >= bottom) return {};
+    const near = (a, b) => Math.abs(a - b) < 6;
+    if (near(y, this.lineY())) return {kind: "cutoff", step, block};
+    if (!this.state.edited) for (const edge of ["start", "end"]) if (near(x, this.edgeX(edge))) return {kind: edge, step, block};
+    return {kind: "cell", step, block};
+  }
+
+  lineY() { return this.shape.bottom - (this.cutoff + 1) * this.shape.row; }
+  edgeX(edge) { return this.shape.left + roundHalfEven(this.state.config[edge] * this.kinds.length) * this.shape.cell; }
+
+  drag(what, x, y) {
+    const {left, cell, row, bottom} = this.shape, steps = this.kinds.length;
+    if (what === "cutoff") this.set({config: {cutoff: clamp(Math.round((bottom - y) / row) - 1, 0, this.blocks - 2)}});
+    else this.set({config: {[what]: Math.round(100 * clamp(Math.round((x - left) / cell), 0, steps) / steps) / 100}});
+  }
+
+  mapKey(event) {
+    const {pinned, config, request} = this.state, step = pinned ?? 0, last = request.steps - 1;
+    const act = {
+      ArrowUp: () => this.set({config: {cutoff: config.cutoff + 1}}), ArrowDown: () => this.set({config: {cutoff: config.cutoff - 1}}),
+      ArrowLeft: () => this.set({pinned: clamp(step - 1, 0, last)}), ArrowRight: () => this.set({pinned: pinned === null ? 0 : clamp(step + 1, 0, last)}),
+      Home: () => this.set({pinned: 0}), End: () => this.set({pinned: last}), Escape: () => this.set({pinned: null}),
+      Enter: () => this.toggleStep(step), " ": () => this.toggleStep(step),
+      "[": () => this.set({config: {start: clamp(config.start - 0.05, 0, 1)}}), "]": () => this.set({config: {start: clamp(config.start + 0.05, 0, 1)}}),
+    }[event.key];
+    if (act) { event.preventDefault(); act(); }
+  }
+
+  tip({kind, step, block}, x, y) {
+    const tip = this.$(".bd-tip"), source = step === undefined ? null : reusedFrom(this.kinds)[step];
+    tip.hidden = kind !== "cell" && kind !== "band";
+    if (tip.hidden) return;
+    const value = this.scene?.map?.[block]?.[step], fate = source !== null && block <= this.cutoff ? `reused from step ${source}` : "computed";
+    tip.textContent = kind === "band" ? `step ${step}: ${KIND_NAMES[this.kinds[step]]}; click to change`
+      : `block ${block}, step ${step}: ${value == null ? "nothing to compare" : `cosine ${value.toFixed(5)}`}; ${fate}`;
+    tip.style.transform = `translate(${Math.min(x + 12, this.shape.width - 250)}px, ${y + 14}px)`;
+  }
+
+  /** From a value of the map to a fraction of the colours, 1 for alike. */
+  shades(map) {
+    const {scale} = this.state, log = (value) => -Math.log10(Math.max(1 - value, 1e-6));
+    const shown = map.map((row) => row.map((value) => value === null ? null : scale === "cosine" ? value : log(value)));
+    const ends = (values) => values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
+    const all = ends(shown.flat().filter((value) => value !== null));
+    return shown.map((row) => {
+      const [low, high] = scale === "block" ? ends(row.filter((value) => value !== null)) : all;
+      return row.map((value) => value === null ? null : high > low ? (value - low) / (high - low) : 1);
+    });
+  }
+
+  renderMap(scene) {
+    const canvas = this.$("[data-map]"), width = canvas.parentElement.clientWidth, ratio = devicePixelRatio || 1;
+    if (!width) return;
+    const kinds = this.kinds, steps = kinds.length, row = clamp(Math.round(300 / this.blocks), 8, 22), left = 44, top = 8, band = 20;
+    const bottom = top + row * this.blocks, height = bottom + band + 34, cell = (width - left - 12) / steps;
+    this.shape = {left, top, cell, row, band, bottom, width};
+    canvas.style.height = `${height}px`;
+    canvas.width = width * ratio; canvas.height = height * ratio;
+    const c = canvas.getContext("2d");
+    c.scale(ratio, ratio);
+    const ink = getComputedStyle(canvas).color;
+    c.font = "12px system-ui, sans-serif";
+    const shades = scene?.map ? this.shades(scene.map) : null, sources = reusedFrom(kinds);
+    for (let block = 0; block < this.blocks; block++) for (let step = 0; step < steps; step++) {
+      const shade = shades?.[block]?.[step];
+      c.fillStyle = shade == null ? "rgba(128, 128, 128, 0.18)" : viridis(shade);
+      c.fillRect(left + step * cell, bottom - (block + 1) * row, cell - 0.5, row - 0.5);
+    }
+    c.strokeStyle = "rgba(10, 10, 10, 0.7)"; c.lineWidth = 1.2;
+    for (let step = 0; step < steps; step++) if (sources[step] !== null) this.hatch(c, left + step * cell, this.lineY(), cell, bottom - this.lineY());
+    for (let step = 0; step < steps; step++) {
+      c.fillStyle = KIND_COLOURS[kinds[step]];
+      c.fillRect(left + step * cell + 0.5, bottom + 5, cell - 1, band - 6);
+    }
+    this.drawHandles(c, ink);
+    this.drawAxes(c, ink, height);
+    const reused = [...kinds].filter((kind) => kind === "r").length;
+    this.$(".bd-plan").textContent = `${this.coverage()} Ideal speedup ${times(this.ideal)}. Schedule ${kinds}.`;
+    canvas.setAttribute("aria-label", `Similarity map. Cutoff block ${this.cutoff}, ${reused} reuse steps. Arrow up and down move the cutoff, left and right the step, Enter toggles the step, brackets move the window's start.`);
+  }
+
+  hatch(c, x, y, width, height) {
+    c.save();
+    c.beginPath(); c.rect(x, y, width, height); c.clip();
+    c.beginPath();
+    for (let at = -height; at < width; at += 7) { c.moveTo(x + at, y + height); c.lineTo(x + at + height, y); }
+    c.stroke();
+    c.restore();
+  }
+
+  drawHandles(c, ink) {
+    const {left, top, bottom, width} = this.shape, y = this.lineY(), step = this.step;
+    c.strokeStyle = KIND_COLOURS.r; c.lineWidth = 3;
+    c.beginPath(); c.moveTo(left, y); c.lineTo(width - 12, y); c.stroke();
+    c.fillStyle = KIND_COLOURS.r;
+    c.beginPath(); c.roundRect(width - 110, y - 10, 96, 20, 6); c.fill();
+    c.fillStyle = "#1b1b1b"; c.textAlign = "center"; c.textBaseline = "middle";
+    c.fillText(`↕ cutoff ${this.cutoff}`, width - 62, y + 1);
+    if (!this.state.edited) for (const edge of ["start", "end"]) {
+      const x = this.edgeX(edge);
+      c.setLineDash([5, 4]); c.lineWidth = 2;
+      c.beginPath(); c.moveTo(x, top); c.lineTo(x, bottom); c.stroke();
+      c.setLineDash([]);
+      c.fillStyle = KIND_COLOURS.r;
+      c.beginPath(); c.roundRect(x - 5, top, 10, 18, 4); c.fill();
+    }
+    if (step !== null) {
+      c.strokeStyle = ink; c.lineWidth = 2;
+      c.strokeRect(left + step * this.shape.cell, top, this.shape.cell, bottom - top);
+    }
+  }
+
+  drawAxes(c, ink, height) {
+    const {left, cell, row, bottom, band, width} = this.shape, steps = this.kinds.length;
+    c.fillStyle = ink; c.textBaseline = "middle"; c.textAlign = "right";
+    for (let block = 0; block < this.blocks; block += 4) c.fillText(block, left - 6, bottom - (block + 0.5) * row);
+    c.textAlign = "center";
+    for (let step = 0; step < steps; step += steps > 50 ? 10 : 5) c.fillText(step, left + (step + 0.5) * cell, bottom + band + 8);
+    c.fillText("step (0 is the noisiest)", (left + width) / 2, height - 8);
+    c.save(); c.translate(10, bottom / 2); c.rotate(-Math.PI / 2); c.fillText("block", 0, 0); c.restore();
+    let x = left;
+    c.textAlign = "left";
+    for (const [kind, name] of Object.entries(KIND_NAMES)) {
+      c.fillStyle = KIND_COLOURS[kind]; c.fillRect(x, height - 13, 10, 10);
+      c.fillStyle = ink; c.fillText(name, x + 14, height - 7);
+      x += 62;
+    }
+  }
+
+  renderTable() {
+    const details = this.$(".bd-table"), map = this.scene?.map;
+    if (!details.open) return;
+    if (!map) { details.lastElementChild.replaceChildren("Nothing was measured yet."); return; }
+    const sources = reusedFrom(this.kinds);
+    const head = h("tr", {}, h("th", {}, "block"), ...map[0].map((_, step) => h("th", {scope: "col"}, `${step} ${KIND_NAMES[this.kinds[step]]}`)));
+    const rows = map.map((values, block) => h("tr", {}, h("th", {scope: "row"}, String(block)), ...values.map((value, step) =>
+      h("td", {className: sources[step] !== null && block <= this.cutoff ? "reused" : ""}, value === null ? "" : value.toFixed(4)))));
+    details.lastElementChild.replaceChildren(h("table", {}, h("thead", {}, head), h("tbody", {}, ...rows.reverse())));
+  }
+
+  // ------------------------------------------------------------ plots
+
+  wantPlots() {
+    if (this.plotting) return;
+    this.plotting = window.Plotly ? Promise.resolve() : new Promise((resolve, reject) => {
+      document.head.append(h("script", {src: this.plotly, onload: resolve, onerror: () => reject(new Error("plotly could not be loaded"))}));
+    });
+    this.plotting.then(() => this.drawPlotsNow(), (error) => this.notice(error.message));
+  }
+
+  drawPlotsNow() {
+    const scene = this.scene, run = this.runOf(scene);
+    if (!window.Plotly || !this.plotting || !scene?.baseline) return;
+    const ink = getComputedStyle(this.root).color, grid = "rgba(128, 128, 128, 0.25)";
+    const layout = (x, y, more = {}) => ({
+      xaxis: {title: {text: x}, gridcolor: grid, zeroline: false}, yaxis: {title: {text: y}, gridcolor: grid, zeroline: false}, height: 300,
+      margin: {l: 60, r: 10, t: 10, b: 45}, font: {color: ink, family: "system-ui, sans-serif"}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      legend: {orientation: "h", y: 1.12}, ...more});
+    const options = {displaylogo: false, responsive: true, toImageButtonOptions: {format: "svg", filename: "blockdance"},
+                     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+    const react = (name, data, shape) => Plotly.react(this.$(`[data-plot=${name}]`), data, shape, options);
+    this.drawTradeoff(scene, run, layout, react);
+    const difference = run?.step_difference || [];
+    react("steps", [{x: difference.map((_, step) => step), y: difference, type: "bar", marker: {color: difference.map((_, step) => KIND_COLOURS[this.kinds[step]])},
+                     hovertemplate: "step %{x}: %{y:.4f}<extra></extra>"}], layout("step", "relative difference of the expected latents"));
+    if (scene.map) {
+      const first = roundHalfEven(0.5 * scene.map[0].length);
+      const change = scene.map.map((values) => { const late = values.slice(first).filter((value) => value !== null); return late.reduce((sum, value) => sum + 1 - value, 0) / late.length; });
+      react("blocks", [{x: change, y: change.map((_, block) => block), type: "bar", orientation: "h", marker: {color: change.map((_, block) => block <= this.cutoff ? KIND_COLOURS.r : KIND_COLOURS.f)},
+                        hovertemplate: "block %{y}: %{x:.5f}<extra></extra>"}], layout("mean of 1 − cosine, second half of the run", "block"));
+    }
+  }
+
+  drawTradeoff(scene, run, layout, react) {
+    const key = this.sceneKey(), isTried = (dot) => this.tried.some((old) => old.key === key && old.schedule === dot.schedule && old.cutoff_block === dot.cutoff_block);
+    const dots = scene.runs.filter((dot) => dot.speedup_measured).sort((a, b) => a.speedup_measured - b.speedup_measured);
+    const frontier = dots.filter((dot) => !dots.some((other) => other !== dot && other.speedup_measured >= dot.speedup_measured && other.lpips < dot.lpips));
+    const controls = [...scene.controls].sort((a, b) => a.speedup_measured - b.speedup_measured);
+    const told = (dot) => `${dot.schedule}, cutoff ${dot.cutoff_block}`;
+    const series = (name, of, more) => ({name, x: of.map((dot) => dot.speedup_measured), y: of.map((dot) => dot.lpips), customdata: of.map((dot) => [dot.schedule, dot.cutoff_block]),
+      text: of.map((dot) => dot.schedule.includes("r") ? told(dot) : `${dot.steps} steps`), hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.5f}<extra></extra>", ...more});
+    const data = [
+      series("BlockDance, computed ahead", dots.filter((dot) => !isTried(dot)), {mode: "markers", marker: {color: KIND_COLOURS.c, size: 7, opacity: 0.35}}),
+      series("BlockDance, tried", dots.filter(isTried), {mode: "markers", marker: {color: KIND_COLOURS.c, size: 10}}),
+      series("best of BlockDance", frontier, {mode: "lines", line: {color: KIND_COLOURS.c, width: 1}, hoverinfo: "skip", hovertemplate: null}),
+      series("fewer steps, no cache", controls, {mode: "lines+markers", marker: {color: KIND_COLOURS.f, size: 8, symbol: "square"}, line: {color: KIND_COLOURS.f, dash: "dot"}}),
+    ];
+    if (run?.speedup_measured) data.push(series("shown", [run], {mode: "markers", marker: {color: "rgba(0,0,0,0)", size: 16, line: {color: KIND_COLOURS.r, width: 3}}}));
+    const plot = this.$("[data-plot=tradeoff]");
+    react("tradeoff", data, layout("speedup, measured", "LPIPS (difference from the baseline)", {height: 360, yaxis: {title: {text: "LPIPS (difference)"}, rangemode: "tozero", gridcolor: "rgba(128, 128, 128, 0.25)"}}))
+      .then(() => { plot.removeAllListeners?.("plotly_click"); plot.on("plotly_click", ({points}) => this.load(points[0].customdata)); });
+  }
+
+  /** Show a schedule: as the sliders would say it if they can, else as one edited by hand. */
+  load([kinds, cutoff]) {
+    if (!kinds.includes("r")) return;
+    for (const interval of [2, 3, 4, 5, 6]) for (const [start, end] of [[this.state.config.start, this.state.config.end], [0.4, 0.95], [0, 1], [0.25, 0.95]])
+      if (fixedSchedule({interval, start, end}, kinds.length) === kinds) { this.set({config: {interval, cutoff, start, end}, edited: null}); return; }
+    this.set({config: {cutoff}, edited: kinds});
+  }
+
+  // ------------------------------------------------------------ the address
+
+  readUrl() {
+    const given = new URLSearchParams(location.search), {request, config} = this.state, changed = [];
+    const number = (name, low, high, whole, into, field) => {
+      if (!given.has(name)) return;
+      const raw = given.get(name), value = raw.trim() === "" ? NaN : Number(raw);
+      const kept = clamp(Number.isFinite(value) ? (whole ? Math.round(value) : value) : into[field], low, high);
+      if (kept !== value) changed.push(`${name}=${raw} is not in [${low}, ${high}]; ${kept} is used`);
+      into[field] = kept;
+    };
+    const among = (name, values, into) => {
+      if (!given.has(name)) return;
+      if (values.includes(given.get(name))) into[name] = given.get(name);
+      else changed.push(`${name}=${given.get(name)} is not one of ${values.join(", ")}`);
+    };
+    if (given.get("prompt")?.trim()) request.prompt = given.get("prompt").slice(0, 300);
+    number("seed", 0, 2 ** 32 - 1, true, request, "seed");
+    number("steps", 1, 100, true, request, "steps");
+    number("guidance", 1, 20, false, request, "guidance");
+    among("sampler", this.settings.samplers || ["DDIM"], request);
+    number("n", 1, 6, true, config, "interval");
+    number("i", 0, this.blocks - 2, true, config, "cutoff");
+    number("start", 0, 1, false, config, "start");
+    number("end", 0, 1, false, config, "end");
+    if (config.start > config.end) { changed.push(`start=${config.start} exceeds end=${config.end}; end is ${config.start}`); config.end = config.start; }
+    if (given.has("step")) { const at = {step: 0}; number("step", 0, request.steps - 1, true, at, "step"); this.state.pinned = at.step; }
+    among("scale", Object.keys(SCALES), this.state);
+    among("mode", Object.keys(MODES), this.state);
+    if (given.has("s")) {
+      if (isValid(given.get("s"), request.steps)) this.state.edited = given.get("s");
+      else changed.push(`s=${given.get("s")} is not a schedule of ${request.steps} steps`);
+    }
+    for (const name of (given.get("hide") || "").split(",").filter(Boolean)) {
+      const parts = this.all("[data-part]").filter((part) => part.dataset.part === name);
+      if (!parts.length) changed.push(`hide=${name} is not one of ${[...new Set(this.all("[data-part]").map((part) => part.dataset.part))].join(", ")}`);
+      parts.forEach((part) => { part.style.display = "none"; });
+    }
+    changed.forEach((text) => this.notice(`In the address, ${text}.`));
+  }
+
+  settingsUrl() {
+    const url = new URL(location.href), {request, config, edited, pinned, scale, mode} = this.state;
+    const shown = {...request, n: config.interval, i: config.cutoff, start: config.start, end: config.end, s: edited, step: pinned,
+                   scale: scale === "cosine" ? null : scale, mode: mode === "wipe" ? null : mode};
+    for (const [name, value] of Object.entries(shown)) if (value === null) url.searchParams.delete(name); else url.searchParams.set(name, value);
+    return url.href;
+  }
+
+  saveUrlNow() { if (!this.playing) history.replaceState(history.state, "", this.settingsUrl()); }
+
+  async copy(text, what) {
+    try { await navigator.clipboard.writeText(text); this.notice(`${what} copied.`); } catch { prompt(`Copy the ${what.toLowerCase()}:`, text); }
+  }
+
+  // ------------------------------------------------------------ what the buttons do
+
+  do_link() { this.copy(this.settingsUrl(), "Link"); }
+  do_play() { if (this.playing) this.stopPlaying(); else this.play(); }
+  do_unedit() { this.set({edited: null}); }
+  do_stop() { this.live("stop", {}); this.waiting = null; this.render(); this.status("Stopped."); }
+  do_measure() { this.order("measure", `${this.sceneKey()}|measure`); }
+  do_animate() { this.order("animate", `${this.sceneKey()}|animate`); }
+
+  /** What is exported: the setting and every figure. */
+  facts() {
+    const scene = this.scene, {picture, previews, ...run} = this.runOf(scene) || {};
+    return {request: this.state.request, model: this.state.model, num_blocks: this.blocks, machine: run.machine || scene?.machine, schedule: this.kinds, cutoff_block: this.cutoff, ...run,
+            yardsticks: scene?.yardsticks, address: this.settingsUrl()};
+  }
+
+  do_json() { download("blockdance.json", new Blob([JSON.stringify(this.facts(), null, 2)], {type: "application/json"})); }
+  do_csv() {
+    const map = this.scene?.map, sources = reusedFrom(this.kinds);
+    if (!map) { this.notice("The similarity map is not there yet."); return; }
+    const lines = map.flatMap((values, block) => values.map((value, step) => [block, step, value ?? "", KIND_NAMES[this.kinds[step]], sources[step] !== null && block <= this.cutoff].join()));
+    download("similarity.csv", new Blob([["block,step,cosine,kind,reused", ...lines].join("\n") + "\n"], {type: "text/csv"}));
+  }
+
+  do_python() {
+    const {request, config, edited} = this.state, text = JSON.stringify(request.prompt);
+    const plan = edited ? `Schedule.parse("${edited}", cutoff_block=${config.cutoff})`
+      : `ReuseConfig(reuse_interval=${config.interval}, cutoff_block=${config.cutoff}, window_start=${config.start}, window_end=${config.end})`;
+    this.copy(`import torch
+
+from blockdance import ${edited ? "Schedule" : "ReuseConfig"}, accelerate, load_demo_pipeline
+
+pipe = load_demo_pipeline()
+with accelerate(pipe, ${plan}) as trace:
+    image = pipe(${text}, num_inference_steps=${request.steps}, guidance_scale=${request.guidance}, generator=torch.Generator().manual_seed(${request.seed})).images[0]
+print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")
+`, "Python");
+  }
+
+  async do_card() {
+    const run = this.runOf(this.scene);
+    if (!run) { this.notice("The pictures are not there yet."); return; }
+    const card = h("canvas", {width: 1200, height: 630}), c = card.getContext("2d"), {request} = this.state;
+    const control = this.controlOf(this.scene);
+    const write = (text, x, y, font, colour = "#1f2933") => { c.font = `${font} system-ui, sans-serif`; c.fillStyle = colour; c.fillText(text, x, y, 1140); };
+    c.fillStyle = "#ffffff"; c.fillRect(0, 0, 1200, 630);
+    write("BlockDance Explorer", 30, 52, "600 30px");
+    write(`“${request.prompt}”, seed ${request.seed}, ${request.steps} steps, guidance ${request.guidance}, ${request.sampler}`, 30, 88, "20px", "#52606d");
+    const columns = [["baseline", "baseline"], ["variant", `BlockDance: ${times(this.ideal)} ideal${run.speedup_measured ? `, ${times(run.speedup_measured)} measured` : ""}`], ["control", control ? `${control.steps} steps: ${times(control.speedup_ideal)} ideal` : "fewer steps"]];
+    columns.forEach(([name, label], index) => { c.drawImage(this.$(`[data-picture=${name}]`), 30 + 270 * index, 110, 250, 250); write(label, 30 + 270 * index, 385, "16px"); });
+    const map = this.$("[data-map]");
+    c.drawImage(map, 850, 110, 330, 330 * Math.min(1, map.height / map.width));
+    write(`LPIPS ${small(run.lpips)}, SSIM ${run.ssim.toFixed(4)} (difference from the baseline); ${this.coverage()}`, 30, 430, "20px");
+    if (control) write(`Fewer steps at about the same cost: LPIPS ${small(control.lpips)}, SSIM ${control.ssim.toFixed(4)}`, 30, 462, "20px");
+    [...this.kinds].forEach((kind, step) => { c.fillStyle = KIND_COLOURS[kind]; c.fillRect(30 + step * (1140 / this.kinds.length), 500, 1140 / this.kinds.length - 2, 24); });
+    write("one cell a step: grey full, blue cache, orange reuse. BlockDance (Zhang et al., CVPR 2025)", 30, 556, "16px", "#52606d");
+    write(`measured on ${run.machine || this.scene.machine}`, 30, 586, "16px", "#52606d");
+    const blob = await new Promise((resolve) => card.toBlob(resolve, "image/png"));
+    download("blockdance.png", withText(new Uint8Array(await blob.arrayBuffer()), "blockdance", JSON.stringify(this.facts())));
+  }
+
+  // ------------------------------------------------------------ the tour
+
+  do_tour() { this.showTour(0); }
+
+  showTour(index) {
+    const card = this.$(".bd-tour"), step = TOUR[index];
+    this.all(".bd-lit").forEach((element) => element.classList.remove("bd-lit"));
+    card.hidden = !step;
+    this.tourStep = step || null;
+    if (!step) return;
+    const target = this.$(`[data-part=${step.at}]`);
+    target.classList.add("bd-lit");
+    target.scrollIntoView({block: "center", behavior: calm() ? "auto" : "smooth"});
+    this.tourFrom = structuredClone(this.state.config);
+    const button = (text, action, properties = {}) => h("button", {type: "button", onclick: action, ...properties}, text);
+    card.replaceChildren(
+      h("small", {}, `${index + 1} of ${TOUR.length}`), h("h3", {}, step.title), h("p", {}, step.text), h("p", {className: "bd-done", role: "status"}),
+      h("div", {className: "bd-buttons"}, ...(step.act ? [button(step.label, () => step.act.call(this))] : []),
+        ...(index ? [button("Back", () => this.showTour(index - 1))] : []),
+        button(index + 1 < TOUR.length ? "Next" : "Finish", () => this.showTour(index + 1), {className: "primary"}), button("Skip", () => this.showTour(-1))));
+    step.check?.call(this);
+  }
+
+  tourDone(text) { const place = this.$(".bd-tour .bd-done"); if (place && place.textContent !== text) place.textContent = text; }
+}
+
+const TOUR = [
+  {at: "pictures", title: "Compare", label: "Show the octopus",
+   text: "Both pictures start from the same noise. On the right BlockDance skipped most blocks on some steps. Can you tell? Drag the wipe, or try “difference ×8”.",
+   act() { this.set({request: {prompt: "octopus", seed: 0, steps: 30, guidance: 4}, config: {interval: 2, cutoff: 9, start: 0.4, end: 0.95}, edited: null}); }},
+  {at: "pictures", title: "Watch structure appear", label: "Play the steps",
+   text: "Each step expects a picture. Play them: the shape is there after a third of the steps; what follows is texture.", act() { this.play(); }},
+  {at: "map", title: "Why the map is bright", label: "Spread the values near 1",
+   text: "Each cell says how alike a block's output is to its own, one step earlier. Most are nearly 1: computed again for almost nothing. That is what BlockDance reuses.",
+   act() { this.state.scale = "log"; this.render(); }},
+  {at: "map", title: "Drag the cutoff", label: "Move it for me",
+   text: "Drag the orange line up or down (or use the arrow keys): more blocks skipped, more speed. Watch the number and the difference.",
+   act() { this.set({config: {cutoff: this.cutoff >= this.blocks - 2 ? 6 : this.blocks - 2}}); },
+   check() { if (this.cutoff !== this.tourFrom.cutoff) this.tourDone(`Done: cutoff ${this.cutoff}, ideal ${times(this.ideal)}.`); }},
+  {at: "pictures", title: "Break it", label: "Reuse from the first step",
+   text: "Reuse while the structure is still forming, and the picture becomes another one. Early steps differ too much; the paper starts at 40 %.",
+   act() { this.set({request: {prompt: "castle cake", seed: 1, steps: 30, guidance: 8}, config: {interval: 4, cutoff: 12, start: 0, end: 1}, edited: null, pinned: null}); },
+   check() { const run = this.runOf(this.scene); if (run && this.state.config.start < 0.2) this.tourDone(`LPIPS ${small(run.lpips)} at ${times(run.speedup_ideal)}.`); }},
+  {at: "numbers", title: "Your turn: beat 1.4× at LPIPS 0.05", label: "Back to the paper's window",
+   text: "Find a setting with an ideal speedup of at least 1.4× and an LPIPS of at most 0.05. Then look at the control: would fewer steps have done the same?",
+   act() { this.set({request: {prompt: "house with garden", seed: 0, guidance: 4}, config: {interval: 2, cutoff: 9, start: 0.4, end: 0.95}, edited: null}); },
+   check() {
+     const run = this.runOf(this.scene), control = this.controlOf(this.scene);
+     if (!run || run.speedup_ideal < 1.4 || run.lpips > 0.05) { this.tourDone(""); return; }
+     this.tourDone(`Done: ${times(run.speedup_ideal)} at LPIPS ${small(run.lpips)}. ${control ? `${control.steps} steps: ${times(control.speedup_ideal)} at ${small(control.lpips)}.` : ""}`);
+   }},
+];
+
+// ---------------------------------------------------------------- files
+
+function dataBlob(address) {
+  const [head, body] = address.split(","), bytes = Uint8Array.from(atob(body), (letter) => letter.charCodeAt(0));
+  return new Blob([bytes], {type: head.slice(5, head.indexOf(";"))});
+}
+
+/** CRC-32 as PNG wants it. */
+function crc32(bytes) {
+  let crc = ~0;
+  for (const byte of bytes) { crc ^= byte; for (let bit = 0; bit < 8; bit++) crc = (crc >>> 1) ^ (crc & 1 ? 0xedb88320 : 0); }
+  return ~crc >>> 0;
+}
+
+/** A PNG with a text entry after its header; letters beyond ASCII are written as \\u escapes. */
+function withText(png, keyword, text) {
+  const ascii = text.replace(/[^\x20-\x7e]/g, (letter) => "\\u" + letter.charCodeAt(0).toString(16).padStart(4, "0"));
+  const body = new TextEncoder().encode(`tEXt${keyword}\0${ascii}`), chunk = new Uint8Array(body.length + 8), view = new DataView(chunk.buffer);
+  view.setUint32(0, body.length - 4);
+  chunk.set(body, 4);
+  view.setUint32(body.length + 4, crc32(body));
+  const header = 33; // signature and IHDR
+  return new Blob([png.slice(0, header), chunk, png.slice(header)], {type: "image/png"});
+}
+
+window.BlockDance = {mount: (element, options) => new Explorer(element, options), fixedSchedule, idealSpeedup, isValid, toggled, reusedFrom};
+})();

@@ -1,0 +1,202 @@
+"""The harness that sets BlockDance against what a user would pick instead."""
+
+import json
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.__main__ import main
+from analysis.compare import PROMPTS, check_methods, compare, compare_one, draw_counted, read_prompts
+from analysis.experiment import Request, plan, with_sampler
+from analysis.metrics import shift_tolerant_lpips
+from analysis.records import BenchError, Record
+from analysis.rivals import METHODS, Method
+from analysis.tables_compare import BEGIN, END, best_at, bootstrap, compare_figure, points, render_compare, update_compare
+from blockdance import ReuseConfig, load_demo_pipeline
+from blockdance.demo import DemoPipeline
+
+REQUEST = Request("octopus", steps=12)
+KEYS = {
+    "method", "knob", "prompt", "seed", "steps", "lpips", "ssim", "psnr", "seconds", "speedup_measured", "speedup_ideal",
+    "block_evaluations",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DemoPipeline:
+    return with_sampler(load_demo_pipeline(), "DDIM")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_skips_work_repeats_itself_and_leaves_the_model_as_it_was(pipe: DemoPipeline, name: str) -> None:
+    check_methods(pipe, REQUEST, [name])
+    assert not hasattr(pipe.transformer, "_cache_config")
+
+
+@contextmanager
+def noisy(pipe: Any, request: Request, knob: str) -> Any:
+    hook = pipe.transformer.register_forward_hook(lambda _, __, out: (out[0] + torch.randn_like(out[0]),))
+    yield
+    hook.remove()
+
+
+@contextmanager
+def untidy(pipe: Any, request: Request, knob: str) -> Any:
+    yield
+    pipe.transformer.transformer_blocks[0].attn1.to_q.bias.data += 1e-3
+
+
+@pytest.mark.parametrize(
+    ("applied", "sentence"),
+    [
+        (lambda *_: nullcontext(), "wrong skips nothing at strong"),
+        (noisy, "wrong draws another picture the second time"),
+        (untidy, "wrong leaves the model changed"),
+    ],
+)
+def test_a_method_that_does_not_work_is_found_out(monkeypatch: pytest.MonkeyPatch, applied: Any, sentence: str) -> None:
+    fewer = (lambda request, _: request.steps) if "skips" in sentence else (lambda request, _: request.steps - 1)
+    monkeypatch.setitem(METHODS, "wrong", Method("strength", ("strong",), applied, steps=fewer))
+    with pytest.raises(BenchError, match=sentence):
+        check_methods(with_sampler(load_demo_pipeline(), "DDIM"), REQUEST, ["wrong"])
+
+
+def test_what_runs_is_what_is_counted(pipe: DemoPipeline) -> None:
+    lines = compare_one(pipe, REQUEST, [("blockdance", "2,9,0.4"), ("fewer-steps", "15")], shift_tolerant_lpips())
+    schedule = plan(ReuseConfig(2, 9, 0.4, 0.95), REQUEST, 14)
+    assert [line["block_evaluations"] for line in lines] == [schedule.block_evaluations(14), 6 * 14]
+    assert [line["speedup_ideal"] for line in lines] == pytest.approx([schedule.ideal_speedup(14), 2.0])
+    assert draw_counted(pipe, REQUEST)[1] == lines[1]["macs"] * 2
+
+
+def test_a_comparison_writes_a_line_for_each_and_goes_on_where_it_was(pipe: DemoPipeline, tmp_path: Path) -> None:
+    out, distance = tmp_path / "results.jsonl", shift_tolerant_lpips()
+    requests = [Request(prompt, steps=8) for prompt in ("red apple", "pizza")]
+    first = compare(pipe, requests[:1], ["fewer-steps"], distance, out)
+    text = out.read_text()
+    lines = compare(pipe, requests, ["fewer-steps", "first-block-cache"], distance, out)
+    assert out.read_text().startswith(text) and lines[: len(first)] == first
+    assert all(line.keys() >= KEYS for line in lines)
+    expected = {(m, k, r.prompt) for m in ("fewer-steps", "first-block-cache") for k in METHODS[m].sweep for r in requests}
+    assert len(lines) == len(expected) and {(line["method"], line["knob"], line["prompt"]) for line in lines} == expected
+    assert compare(pipe, requests, ["fewer-steps", "first-block-cache"], distance, out) == lines
+    assert [json.loads(line) for line in out.read_text().splitlines()] == lines
+
+
+def test_the_prompts_are_64_that_the_model_knows(pipe: DemoPipeline) -> None:
+    prompts = read_prompts(PROMPTS)
+    assert len(set(prompts)) == len(prompts) == 64
+    assert [word for prompt in prompts for word in pipe.unknown_words(prompt)] == []
+
+
+def line(method: str, knob: str, prompt: str, lpips: float, seconds: float) -> Record:
+    return {
+        "bench": "compare", "method": method, "knob": knob, "prompt": prompt, "seed": 0, "steps": 30, "sampler": "DDIM",
+        "guidance": 4.0, "lpips": lpips, "lpips_name": "LPIPS", "ssim": 1.0, "seconds": seconds, "baseline_seconds": 2.0,
+        "speedup_ideal": 2.0, "machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 2},
+    }  # fmt: skip
+
+
+LINES = [
+    line(method, knob, prompt, lpips * scale, seconds)
+    for method, knob, lpips, seconds in (
+        ("fewer-steps", "20", 0.010, 1.4),
+        ("fewer-steps", "15", 0.030, 0.9),
+        ("blockdance", "2,9,0.4", 0.004, 1.5),
+        ("blockdance", "4,12,0.25", 0.020, 1.1),
+        ("blockdance", "6,12,0.1", 0.015, 1.05),
+    )
+    for prompt, scale in (("a", 0.5), ("b", 1.5))
+]
+
+
+def test_a_point_is_the_mean_over_prompts_with_the_worst_and_an_interval() -> None:
+    point = next(one for one in points(LINES) if one.knob == "2,9,0.4")
+    assert (point.prompts, point.speedup) == (2, pytest.approx(2 / 1.5))
+    assert (point.lpips, point.worst) == pytest.approx((0.004, 0.006))
+    assert point.interval == pytest.approx((0.002, 0.006))
+
+
+def test_the_interval_narrows_with_more_values_and_covers_the_mean() -> None:
+    values = np.random.default_rng(1).exponential(size=400)
+    few, many = bootstrap(values[:25]), bootstrap(values)
+    assert many[0] < values.mean() < many[1]
+    assert many[1] - many[0] < (few[1] - few[0]) / 2
+    assert bootstrap(values) == many
+
+
+def test_the_best_at_a_speed_is_the_least_change_among_those_that_are_fast_enough() -> None:
+    found = points(LINES)
+    best = best_at(found, "blockdance", 1.6)
+    assert best is not None and best.knob == "6,12,0.1"
+    slower = best_at(found, "blockdance", 1.25)
+    assert slower is not None and slower.knob == "2,9,0.4"
+    assert best_at(found, "blockdance", 2.0) is None
+
+
+def test_the_table_says_who_wins_at_each_speed_also_where_it_is_a_rival() -> None:
+    head, _, *rows = render_compare(LINES, "compare.jsonl").splitlines()[2:]
+    cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
+    fewer, ours = (next(row for name, row in cells.items() if name.startswith(method)) for method in ("fewer", "blockdance"))
+    assert head.count("at least") == 4
+    assert ours[0].startswith("**0.00400**") and "worst 0.00600; 2,9,0.4 at 1.33x" in ours[0]
+    assert fewer[1].startswith("**0.01000**") and ours[1].startswith("0.01500")
+    assert ours[3].startswith("not reached") and fewer[3].startswith("**0.03000**")
+
+
+def test_lines_of_different_machines_are_not_mixed() -> None:
+    with pytest.raises(BenchError, match="differ in machine"):
+        render_compare([LINES[0], LINES[1] | {"machine": {"cpu": "another", "cores": 2}}], "compare.jsonl")
+    with pytest.raises(BenchError, match="holds no lines"):
+        render_compare([], "compare.jsonl")
+
+
+def test_the_readme_takes_the_table_and_the_figure_has_a_curve_for_each(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{BEGIN}\n{END}\n\nAfter.\n")
+    update_compare(readme, LINES, tmp_path / "compare.jsonl")
+    assert "[`compare.jsonl`](compare.jsonl)" in readme.read_text() and readme.read_text().endswith("After.\n")
+    figure = compare_figure(LINES)
+    assert [curve.name for curve in figure.data] == ["fewer-steps", "blockdance"]
+    assert list(figure.data[1].x) == sorted(figure.data[1].x)
+    assert figure.layout.yaxis.type == "log"
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("analysis.__main__.perceptual_distance", shift_tolerant_lpips)
+    monkeypatch.setattr(sys, "argv", ["analysis", "compare", *arguments])
+    main()
+
+
+def test_the_command_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(
+        monkeypatch, "--prompts", "red apple", "octopus", "--methods", "fewer-steps", "blockdance", "--steps", "8",
+        "--out", str(tmp_path / "here"),
+    )  # fmt: skip
+    lines = [json.loads(text) for text in (tmp_path / "here" / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * (len(METHODS["fewer-steps"].sweep) + len(METHODS["blockdance"].sweep))
+    assert (tmp_path / "here" / "curves.html").exists()
+    assert "at least 1.25x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], "methods must be among fewer-steps, blockdance"),
+        (["--steps", "0"], "steps must be an integer in [1, 100], got 0"),
+        (["--prompts", " "], "prompt must be a text that is not empty"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(monkeypatch, "--prompts", "red apple", "--out", str(tmp_path), *arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit_info.value.code == 2
+    assert error.startswith("error: ") and message in error
