@@ -1,16 +1,13 @@
-"""Plotly figures: the similarity map with the schedule drawn on it, and the blocks evaluated per step."""
-
-from collections.abc import Sequence
+"""The similarity map with the schedule drawn on it, as a plotly figure for files; the page draws its own."""
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from blockdance import Schedule, StepKind, StepRecord
+from blockdance import Schedule, StepKind
 
 SCALES = ("cosine", "log(1 - cos)")
-KIND_NAMES = {StepKind.FULL: "full", StepKind.CACHE: "cache", StepKind.REUSE: "reuse"}
-KIND_COLOURS = {StepKind.FULL: "#9aa5b1", StepKind.CACHE: "#2f6fde", StepKind.REUSE: "#f28c28"}
+EDGE = {"color": "#f28c28", "width": 2}
 HATCH = "rgba(20, 20, 20, 0.75)"
 FLOOR = 1e-6
 """1 - cos below this is rounding of float32."""
@@ -43,32 +40,6 @@ def similarity_figure(cosine: NDArray[np.floating], schedule: Schedule, scale: s
         showlegend=False,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(128,128,128,0.15)",
-        font={"color": "#7b8794"},
-    )
-    return figure
-
-
-def blocks_figure(steps: Sequence[StepRecord]) -> go.Figure:
-    """Blocks evaluated in each step, coloured by what the step was."""
-    figure = go.Figure()
-    for kind, name in KIND_NAMES.items():
-        chosen = [index for index, step in enumerate(steps) if step.kind is kind]
-        figure.add_bar(
-            x=chosen,
-            y=[steps[index].blocks_evaluated for index in chosen],
-            name=name,
-            marker_color=KIND_COLOURS[kind],
-            hovertemplate=f"step %{{x}}, {name}: %{{y}} blocks<extra></extra>",
-        )
-    figure.update_layout(
-        xaxis={"title": "step", "range": [-0.5, len(steps) - 0.5], "showgrid": False, "zeroline": False},
-        yaxis={"title": "blocks evaluated", "rangemode": "tozero", "gridcolor": "rgba(128,128,128,0.25)"},
-        margin={"l": 50, "r": 10, "t": 30, "b": 45},
-        height=220,
-        bargap=0.15,
-        legend={"orientation": "h", "y": 1.2, "x": 0},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#7b8794"},
     )
     return figure
@@ -110,14 +81,13 @@ def _draw_schedule(figure: go.Figure, schedule: Schedule, num_blocks: int) -> No
         marker={"symbol": "line-ne-open", "size": 9, "color": HATCH, "line": {"width": 1.5, "color": HATCH}},
         hoverinfo="skip",
     )
-    edge = {"color": KIND_COLOURS[StepKind.REUSE], "width": 2}
     figure.add_hline(
         y=schedule.cutoff_block + 0.5,
-        line=edge,
+        line=EDGE,
         annotation_text=f"cutoff {schedule.cutoff_block} of {num_blocks} blocks",
         annotation_position="top left",
         annotation_font_color="white",
-        annotation_bgcolor=edge["color"],
+        annotation_bgcolor=EDGE["color"],
     )
     for side in (min(cached) - 0.5, max(reuse + cached) + 0.5):
-        figure.add_vline(x=side, line=edge | {"dash": "dot"})
+        figure.add_vline(x=side, line=EDGE | {"dash": "dot"})

@@ -13,11 +13,12 @@ def main() -> None:
         browser = launch_chromium(driver)
         if browser is None:
             sys.exit("error: no Chromium on this machine; run `playwright install chromium`")
-        page = browser.new_page(viewport={"width": 1360, "height": 1000})
+        page = browser.new_page(viewport={"width": 1360, "height": 1180})
         page.goto(server.url)
-        expect(page.locator("#status")).to_contain_text("from the same noise", timeout=PATIENCE_MS)
+        expect(page.locator(".bd-status")).to_contain_text("shipped with the page", timeout=PATIENCE_MS)
+        expect(page.locator(".bd-scrubber output")).to_contain_text("final picture", timeout=PATIENCE_MS)
         page.wait_for_timeout(1000)
-        page.screenshot(path=sys.argv[1], full_page=True)
+        page.screenshot(path=sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The page as scripts meet it: the `/compare` endpoint through gradio_client, and the handlers as plain functions."""
 
+import base64
+import io
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +13,10 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from analysis.experiment import Request, run_baseline
+from analysis.experiment import Request, run_baseline, run_variant
 from analysis.metrics import ssim
-from app.handlers import OUTPUTS, Handlers
-from app.panels import safe
+from app.handlers import Handlers
+from blockdance import Schedule
 from tests.serving import Server, serving
 
 RESULT_KEYS = {
@@ -24,7 +27,10 @@ SETTING: dict[str, Any] = {
     "prompt": "red apple", "seed": 3, "steps": 8, "guidance": 4.0, "reuse_interval": 2, "cutoff_block": 9,
     "window_start": 0.25, "window_end": 1.0,
 }  # fmt: skip
-PAGE_SETTING = ("red apple", 3, 8, 4.0, "DDIM", 2, 9, 0.25, 1.0, "cosine")
+ORDER: dict[str, Any] = {
+    "key": "order 7", "scene_key": "scene 3", "model": "demo", "kinds": "ffcrrrcf", "cutoff_block": 9,
+    "request": {"prompt": "tulip zyxgrblt", "seed": 5, "steps": 8, "guidance": 4, "sampler": "DDIM"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,43 +110,69 @@ def test_two_visitors_at_once_get_their_own_pictures(server: Server, client: Cli
     assert np.array_equal(got[0], expected[0]) and np.array_equal(got[1], expected[1])
 
 
-def is_left_alone(update: Any) -> bool:
-    return isinstance(update, dict) and update.get("__type__") == "update" and "value" not in update
-
-
 @pytest.fixture(scope="module")
 def handlers(server: Server) -> Handlers:
     return server.handlers
 
 
-def test_the_page_keeps_the_last_comparison_and_gets_each_new_thing_once(handlers: Handlers) -> None:
-    everything = list(handlers.update_page("tulip", 5, *PAGE_SETTING[2:]))
-    assert all(is_left_alone(update) for update in everything[0][1:])
-    status, *rest = zip(*everything, strict=True)
-    assert "tulip" in status[-1] and "seed 5" in status[-1]
-    sent = [[update for update in updates if update is not None and not is_left_alone(update)] for updates in rest]
-    (baseline,), (variant,), (control,), (wipe,), numbers, (similarity,), (bars,) = sent
-    assert baseline.shape == variant.shape == control.shape == (64, 64, 3)
-    assert wipe[0] is baseline and wipe[1] is variant
-    assert "difference from the baseline" in numbers[-1] and "ideal" in numbers[-1]
-    assert len(similarity.data[0].z) == 14
-    assert sum(len(bar.x) for bar in bars.data) == 8
+@pytest.fixture
+def toasts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    shown: list[str] = []
+    monkeypatch.setattr("gradio.Warning", shown.append)
+    return shown
 
 
-def test_a_bad_setting_on_the_page_loses_nothing(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> None:
-    toasts: list[str] = []
-    monkeypatch.setattr("gradio.Warning", toasts.append)
-    (updates,) = handlers.update_page(*PAGE_SETTING[:7], 0.9, 0.5, "cosine")
-    assert len(updates) == OUTPUTS and all(is_left_alone(update) for update in updates)
-    assert toasts == ["window_start must not exceed window_end, got 0.9 > 0.5."]
+def picture_in(ref: dict[str, Any]) -> np.ndarray:
+    """The tile sheet of a `data:` address."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(ref["src"].split(",")[1]))).convert("RGB"))
 
 
-def test_the_schedule_panel_follows_the_sliders_without_a_run(handlers: Handlers) -> None:
-    assert "10 of 14 blocks reused on 8 of 30 steps" in handlers.preview(30, 2, 9, 0.40, 0.95)
-    assert "<b>1.24×</b>" in handlers.preview(30, 2, 9, 0.40, 0.95)
-    assert "Nothing is reused" in handlers.preview(30, 1, 9, 0.40, 0.95)
-    assert "cutoff_block must be in" in handlers.preview(30, 2, 13, 0.40, 0.95)
+def test_the_news_of_a_run_grow_into_a_complete_scene(handlers: Handlers) -> None:
+    news = [json.loads(json.dumps(piece)) for piece in handlers.run(ORDER)]
+    assert {(piece["key"], piece["scene_key"]) for piece in news} == {("order 7", "scene 3")}
+    assert news[-1]["phase"] == "done" and news[-1]["unknown_words"] == ["zyxgrblt"]
+    scenes = [piece["scene"] for piece in news if piece["scene"]]
+    known = [
+        sum(bool(scene[part]) for part in ("baseline", "runs", "map", "features", "controls", "yardsticks")) for scene in scenes
+    ]
+    assert known == sorted(known) and known[0] >= 2 and known[-1] == 6
+    last = scenes[-1]
+    (run,), (control,) = last["runs"], last["controls"]
+    assert (run["schedule"], run["cutoff_block"], run["live"]) == ("ffcrrrcf", 9, True)
+    direct = run_variant(handlers.models.engine("demo").pipe, Request(**ORDER["request"]), Schedule.parse("ffcrrrcf", 9))
+    assert np.array_equal(picture_in(run["picture"]), direct.picture)
+    assert picture_in(run["previews"]).shape == (64, 8 * 64, 3)
+    assert np.asarray(last["map"], dtype=float).shape == (14, 8) and last["map"][0][0] is None
+    assert picture_in(last["features"]["blocks"]["7"]).shape == (3 * 8, 8 * 8, 3)
+    assert control["steps"] == round(8 / run["speedup_ideal"])
 
 
-def test_what_a_visitor_typed_cannot_become_markup() -> None:
-    assert safe("<b>${alert(1)}</b>") == "&lt;b&gt;&#36;{alert(1)}&lt;/b&gt;"
+def test_a_bad_order_is_a_toast_and_ends_the_waiting(handlers: Handlers, toasts: list[str]) -> None:
+    for change, sentence in (
+        ({"kinds": "rrrrrrrr"}, "step 0 reuses but no step before it caches, in rrrrrrrr."),
+        ({"kinds": "ffcr"}, "the schedule has 4 steps, the run has 8."),
+        ({"kinds": "ffcx"}, "a schedule is written with the letters f, c and r, got 'x' in 'ffcx'."),
+        ({"cutoff_block": 13}, "cutoff_block must be in [0, 12] for 14 blocks, got 13."),
+        ({"cutoff_block": "9"}, "cutoff_block must be an integer of at least 0, got '9'."),
+        ({"request": ORDER["request"] | {"steps": 1e9}}, "steps must be an integer in [1, 100], got 1000000000.0."),
+        ({"request": None}, "a request needs prompt, seed, steps, guidance, sampler and a schedule, got "),
+        ({"model": "../model"}, "model must be one of demo, "),
+    ):
+        *_, last = handlers.run(ORDER | change)
+        assert last["key"] == "order 7" and last["phase"] == "done" and last["error"]
+        assert toasts.pop().startswith(sentence)
+
+
+def test_measuring_tells_medians_of_rounds(handlers: Handlers) -> None:
+    *_, last = handlers.measure(ORDER)
+    (run,) = last["scene"]["runs"]
+    assert (run["schedule"], run["cutoff_block"], run["rounds"]) == ("ffcrrrcf", 9, 5)
+    assert run["speedup_quartiles"][0] <= run["speedup_quartiles"][1]
+    assert last["phase"] == "done"
+
+
+def test_an_animation_shows_every_step_of_both(handlers: Handlers) -> None:
+    *_, last = handlers.animate(ORDER)
+    animation = Image.open(io.BytesIO(base64.b64decode(last["animation"].split(",")[1])))
+    assert animation.format == "GIF" and animation.size == (2 * 64 * 3, 64 * 3)
+    assert animation.n_frames == 8  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Visitors choose among models: each gets their own, memory stays bounded, and what cannot be loaded changes nothing."""
 
 import gc
+import json
 import threading
 import weakref
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from gradio_client import Client
 
@@ -16,12 +16,11 @@ import app.models
 from analysis.experiment import RequestError
 from analysis.metrics import shift_tolerant_lpips
 from app.engine import View
-from app.handlers import MODEL_OUTPUTS, OUTPUTS, Handlers
+from app.handlers import Handlers
 from app.models import KEPT, Models
 from app.page import build_page, main, serve
 from blockdance import ReuseConfig, UnsupportedModelError
 from blockdance.presets import DEMO, PRESETS
-from tests.test_app import is_left_alone
 from tests.tiny import BLOCKS, dit
 
 SMALL, ALSO_SMALL, THIRD, MISSING = "dit-xl-2-256", "dit-xl-2-512", "pixart-xl-2-256", "pixart-xl-2-1024"
@@ -76,15 +75,24 @@ def test_a_choice_brings_depth_settings_and_a_prompt_the_model_knows(models: Mod
     assert models.settings(DEMO).num_blocks == 14 and models.settings(DEMO).request.prompt == "red apple"
 
 
+def order(prompt: str, model: str) -> dict[str, Any]:
+    """What a page asks for: six steps, of which two reuse blocks 0 to 3."""
+    request = {"prompt": prompt, "seed": 0, "steps": 6, "guidance": 3.0, "sampler": "DDIM"}
+    return {"key": "order", "scene_key": "scene", "model": model, "kinds": "ffcrcr", "cutoff_block": 3, "request": request}
+
+
+def choose(models: Models, name: str, current: str = DEMO) -> list[dict[str, Any]]:
+    return list(Handlers(models).choose({"key": "choose", "model": name, "current": current}))
+
+
 def test_the_controls_follow(models: Models) -> None:
-    loading, ready = Handlers(models).choose_model(SMALL, DEMO)
-    assert len(loading) == len(ready) == MODEL_OUTPUTS
-    assert f"loading {SMALL}" in loading[0] and all(is_left_alone(update) for update in loading[1:])
-    assert ready[1:4] == (SMALL, SMALL, "golden retriever")
-    assert ready[4:8] == (6, 3.0, "DDIM", 2)
-    assert (ready[8]["maximum"], ready[8]["value"]) == (BLOCKS - 2, 3)
-    assert ready[9:11] == (0.25, 0.95)
-    assert ready[11]["visible"] is False and ready[12]["visible"] is True and ready[13] == "golden retriever, tench"
+    loading, ready = choose(models, SMALL)
+    assert loading["phase"] == f"loading {SMALL}"
+    shown = ready["chosen"]
+    assert shown["model"] == SMALL and shown["num_blocks"] == BLOCKS
+    assert shown["request"] == {"prompt": "golden retriever", "seed": 0, "steps": 6, "guidance": 3.0, "sampler": "DDIM"}
+    assert shown["config"] == {"interval": 2, "cutoff": 3, "start": 0.25, "end": 0.95}
+    assert shown["known_words"] == ["golden retriever", "tench"]
 
 
 def test_each_model_has_its_own_results_and_the_box_remembers_its_own(models: Models) -> None:
@@ -92,7 +100,7 @@ def test_each_model_has_its_own_results_and_the_box_remembers_its_own(models: Mo
     assert box.variant is not None and other.variant is not None
     assert (box.variant.figures["num_blocks"], other.variant.figures["num_blocks"]) == (14, BLOCKS)
     again = done(models, DEMO)
-    assert again.variant is box.variant and again.cosine is box.cosine
+    assert again.variant is box.variant and again.observed is box.observed
 
 
 def test_memory_holds_the_first_model_and_the_last_used(models: Models) -> None:
@@ -111,16 +119,17 @@ def test_a_model_that_lost_its_place_is_loaded_again(models: Models) -> None:
     first = done(models, SMALL)
     models.engine(ALSO_SMALL)
     assert models.loaded(SMALL) is None
-    updates = list(Handlers(models).update_page("golden retriever", 0, 6, 3.0, "DDIM", 2, 3, 0.25, 0.95, "cosine", SMALL))
-    assert f"loading {SMALL}" in updates[0][0]
-    pictures = [update[2] for update in updates if isinstance(update[2], np.ndarray)]
-    assert first.variant is not None and np.array_equal(pictures[-1], first.variant.picture)
+    news = list(Handlers(models).run(order("golden retriever", SMALL)))
+    assert news[0]["phase"] == f"loading {SMALL}" and news[-1]["phase"] == "done"
+    assert first.variant is not None and models.loaded(SMALL) is not None
+    run = news[-1]["scene"]["runs"][0]
+    assert (run["lpips"], run["ssim"]) == (first.variant.figures["lpips"], first.variant.figures["ssim"])
 
 
 def test_a_model_out_of_reach_is_a_toast_and_nothing_is_lost(models: Models, toasts: list[str]) -> None:
     done(models, SMALL)
-    *_, last = Handlers(models).choose_model(MISSING, SMALL)
-    assert last[1] == SMALL and all(is_left_alone(update) for update in last[2:])
+    *_, last = choose(models, MISSING, SMALL)
+    assert last["model"] == SMALL and last["phase"] == "done" and "chosen" not in last
     (toast,) = toasts
     assert "PixArt-alpha/PixArt-XL-2-1024-MS is not on this machine" in toast and "hf download" in toast
     assert models.loaded(SMALL) is not None and models.loaded(DEMO) is not None
@@ -132,18 +141,18 @@ def test_a_model_that_cannot_be_loaded_is_a_toast_too(
     monkeypatch.setattr(
         "diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(ImportError("no sentencepiece"))
     )
-    *_, last = Handlers(models).choose_model(SMALL, DEMO)
-    assert last[1] == DEMO
+    *_, last = choose(models, SMALL)
+    assert last["model"] == DEMO
     assert toasts[0].endswith("cannot be loaded: no sentencepiece.")
 
 
 @pytest.mark.parametrize("name", ["open-sora-1.0-16x256x256", "/", "../model"])
 def test_only_what_the_page_offers_can_be_chosen(models: Models, toasts: list[str], name: str) -> None:
     """A visitor may not have the server load any folder it holds."""
-    *_, last = Handlers(models).choose_model(name, DEMO)
-    assert last[1] == DEMO and "model must be one of demo, dit-xl-2-256, " in toasts[0] and repr(name) in toasts[0]
-    updates = list(Handlers(models).update_page("red apple", 0, 6, 3.0, "DDIM", 2, 3, 0.25, 0.95, "cosine", name))
-    assert all(is_left_alone(update) for update in updates[-1][1:]) and len(toasts) == 2
+    *_, last = choose(models, name)
+    assert last["model"] == DEMO and "model must be one of demo, dit-xl-2-256, " in toasts[0] and repr(name) in toasts[0]
+    *_, last = Handlers(models).run(order("red apple", name))
+    assert last["error"] and len(toasts) == 2
 
 
 def test_models_in_memory_stay_at_hand_while_another_is_loaded(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +168,6 @@ def test_models_in_memory_stay_at_hand_while_another_is_loaded(models: Models, m
     loader = threading.Thread(target=models.engine, args=(SMALL,))
     loader.start()
     assert loading.wait(60)
-    assert "10 of 14 blocks" in Handlers(models).preview(30, 2, 9, 0.4, 0.95, DEMO)
     assert done(models, DEMO).variant is not None
     go_on.set()
     loader.join()
@@ -167,17 +175,11 @@ def test_models_in_memory_stay_at_hand_while_another_is_loaded(models: Models, m
 
 
 def test_a_class_the_model_does_not_know_is_a_toast(models: Models, toasts: list[str]) -> None:
-    updates = list(Handlers(models).update_page("red apple", 0, 6, 3.0, "DDIM", 2, 3, 0.25, 0.95, "cosine", SMALL))
-    assert all(is_left_alone(update) for update in updates[-1][1:]) and len(updates[-1]) == OUTPUTS
+    *_, last = Handlers(models).run(order("red apple", SMALL))
+    assert last["error"] and last["phase"] == "done"
     assert "the name of a class that DiTPipeline knows" in toasts[0]
     with pytest.raises(RequestError):
         list(models.engine(SMALL).views(models.settings(DEMO).request, CONFIG))
-
-
-def test_a_sliders_preview_never_loads_a_model(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.models, "load_pipeline", lambda _: pytest.fail("it loads"))
-    assert is_left_alone(Handlers(models).preview(30, 2, 3, 0.4, 0.95, SMALL))
-    assert "10 of 14 blocks" in Handlers(models).preview(30, 2, 9, 0.4, 0.95, DEMO)
 
 
 @pytest.fixture
@@ -221,10 +223,10 @@ def test_the_app_starts_with_the_model_it_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.argv", ["app.py", "--model", str(folder)])
     main()
     (page,) = served
-    parts = page.blocks.values()
-    values = {part.label: part.value for part in parts if hasattr(part, "label") and hasattr(part, "value")}
-    assert values["Model"] == str(folder)
-    assert values["Prompt"] == "golden retriever"
+    (explorer,) = [part for part in page.blocks.values() if part.elem_id == "explorer"]
+    settings = json.loads(explorer.js_on_load.split("settings: ")[1].split("});")[0])
+    assert settings["models"][0] == settings["defaults"]["model"] == str(folder)
+    assert settings["defaults"]["request"]["prompt"] == "golden retriever"
 
 
 def test_an_unknown_model_ends_the_app_with_a_sentence(

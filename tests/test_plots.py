@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 import pytest
 from numpy.typing import NDArray
 
-from analysis.plots import FLOOR, KIND_COLOURS, blocks_figure, reused_from, similarity_figure
-from blockdance import Schedule, StepKind, StepRecord
+from analysis.plots import FLOOR, reused_from, similarity_figure
+from blockdance import Schedule
 
 BLOCKS, TEXT, CUTOFF = 5, "ffcrrfcrff", 2
 SCHEDULE = Schedule.parse(TEXT, CUTOFF)
@@ -30,10 +30,6 @@ def lines(figure: go.Figure, axis: str) -> list[float]:
     ends = [(shape[f"{axis}0"], shape[f"{axis}1"]) for shape in figure.layout.shapes if "domain" not in shape[f"{axis}ref"]]
     assert all(start == end for start, end in ends)
     return sorted(start for start, _ in ends)
-
-
-def stepped(kind: StepKind, blocks: int) -> StepRecord:
-    return StepRecord(kind, blocks, BLOCKS, 0.1, False, 0.1)
 
 
 def test_the_cosine_scale_shows_the_map_itself() -> None:
@@ -130,27 +126,3 @@ def test_a_figure_is_valid_json_with_null_where_nothing_was_compared(scale: str)
 )
 def test_a_step_reuses_the_last_cache_step_before_it(text: str, sources: list[int | None]) -> None:
     assert reused_from(Schedule.parse(text, 1)) == sources
-
-
-def test_the_bars_are_as_high_as_the_blocks_that_ran_and_named_by_kind() -> None:
-    steps = [stepped(StepKind(letter), BLOCKS - CUTOFF - 1 if letter == "r" else BLOCKS) for letter in TEXT]
-    figure = blocks_figure(steps)
-    assert [bar.name for bar in figure.data] == ["full", "cache", "reuse"]
-    heights = [{x: y for x, y in zip(bar.x, bar.y, strict=True)} for bar in figure.data]  # noqa: C416
-    assert heights == [
-        {0: 5, 1: 5, 5: 5, 8: 5, 9: 5},
-        {2: 5, 6: 5},
-        {3: 2, 4: 2, 7: 2},
-    ]
-    assert tuple(figure.layout.xaxis.range) == (-0.5, len(TEXT) - 0.5)
-
-
-def test_each_kind_of_step_has_its_own_colour() -> None:
-    figure = blocks_figure([stepped(kind, 1) for kind in StepKind])
-    assert [bar.marker.color for bar in figure.data] == [KIND_COLOURS[kind] for kind in StepKind]
-    assert len(set(KIND_COLOURS.values())) == len(StepKind)
-
-
-def test_kinds_that_did_not_occur_stay_in_the_legend() -> None:
-    figure = blocks_figure([stepped(StepKind.FULL, BLOCKS)] * 2)
-    assert [(bar.name, len(bar.x)) for bar in figure.data] == [("full", 2), ("cache", 0), ("reuse", 0)]

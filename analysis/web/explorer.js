@@ -274,8 +274,8 @@ class Explorer {
       this.scenes.set(this.sceneKey(scene.request, "demo"), scene);
       this.shipped.push(scene);
     }
-    this.$(".bd-chips").replaceChildren(...this.shipped.map(({request}) =>
-      h("button", {type: "button", "data-key": this.sceneKey(request, "demo"), onclick: () => this.set({model: "demo", request: {...request}, pinned: null, edited: null})},
+    this.$(".bd-chips").replaceChildren(...this.shipped.map(({request, num_blocks}) =>
+      h("button", {type: "button", "data-key": this.sceneKey(request, "demo"), onclick: () => { this.blocks = num_blocks; this.set({model: "demo", request: {...request}, pinned: null, edited: null}); }},
         [request.prompt, request.steps !== 30 && `${request.steps} steps`, request.guidance !== 4 && `guidance ${request.guidance}`].filter(Boolean).join(", "))));
   }
 
@@ -332,6 +332,7 @@ class Explorer {
   }
 
   update() {
+    this.stopped = false;
     this.render();
     this.saveUrl();
     const run = this.runOf(this.scene);
@@ -357,6 +358,7 @@ class Explorer {
     if (this.waiting) this.live("stop", {});
     const {request, model} = this.state;
     this.waiting = {key, phase: "waiting for the model", progress: 0};
+    this.stopped = false;
     this.live(what, {key, scene_key: this.sceneKey(), request, model, kinds: this.kinds, cutoff_block: this.cutoff, ...more});
     this.render();
   }
@@ -499,6 +501,7 @@ class Explorer {
 
   renderStatus(scene) {
     if (this.waiting) { this.status(`${this.waiting.phase} …`, this.waiting.progress); return; }
+    if (this.stopped) { this.status("Stopped."); return; }
     const run = this.runOf(scene), {request} = this.state;
     if (!run) { this.status(this.live ? "" : this.manifest ? "Not among the shipped comparisons: this site has no model to run. N = 2, 3, 4 with cutoff 3, 6, 9 or 12, and the window from 0.40 to 0.95 or from 0 to 1, are." : "Loading …"); return; }
     const how = scene.shipped && !run.live ? "computed ahead, shipped with the page" : "computed live";
@@ -779,7 +782,7 @@ class Explorer {
     for (let block = 0; block < this.blocks; block += 4) c.fillText(block, left - 6, bottom - (block + 0.5) * row);
     c.textAlign = "center";
     for (let step = 0; step < steps; step += steps > 50 ? 10 : 5) c.fillText(step, left + (step + 0.5) * cell, bottom + band + 8);
-    c.fillText("step (0 is the noisiest)", (left + width) / 2, height - 8);
+    if (width > 520) c.fillText("step (0 is the noisiest)", (left + width) / 2, height - 8);
     c.save(); c.translate(10, bottom / 2); c.rotate(-Math.PI / 2); c.fillText("block", 0, 0); c.restore();
     let x = left;
     c.textAlign = "left";
@@ -922,7 +925,7 @@ class Explorer {
   do_link() { this.copy(this.settingsUrl(), "Link"); }
   do_play() { if (this.playing) this.stopPlaying(); else this.play(); }
   do_unedit() { this.set({edited: null}); }
-  do_stop() { this.live("stop", {}); this.waiting = null; this.render(); this.status("Stopped."); }
+  do_stop() { this.live("stop", {}); this.waiting = null; this.stopped = true; this.render(); }
   do_measure() { this.order("measure", `${this.sceneKey()}|measure`); }
   do_animate() { this.order("animate", `${this.sceneKey()}|animate`); }
 
