@@ -94,7 +94,11 @@ def build_atlas(
     scenes = [build_scene(pipe, distance, request, out, rounds) for request in tqdm(requests, desc="atlas")]
     facts = circumstances(pipe, requests[0])
     shared = {name: facts[name] for name in ("commit", "date", "machine", "versions", "dtype", "model")}
-    manifest = {"format": 1, "command": "python -m analysis atlas", "rounds": rounds} | shared | {"scenes": scenes}
+    manifest = (
+        {"format": 1, "command": "python -m analysis atlas", "rounds": rounds, "lpips_name": distance.name}
+        | shared
+        | {"scenes": scenes}
+    )
     (out / MANIFEST).write_text(json.dumps(rounded(manifest), separators=(",", ":")) + "\n")
     return out / MANIFEST
 

@@ -76,4 +76,4 @@ def decode_estimates(pipe: Any, estimates: list[Tensor]) -> list[Picture] | None
     latents = torch.cat([estimate[:1] for estimate in estimates]) / vae.config.scaling_factor
     with torch.no_grad():
         pixels = (vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-    return list((pixels.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))
+    return list((pixels.permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8))

@@ -13,6 +13,7 @@ from analysis.scene import Json
 from app.engine import Engine
 from app.models import Models, Settings
 from app.news import animation_of, milestones, parse_order, progress, scene_of, timed_scene
+from app.zero import Work, lent_gpu
 from blockdance import BlockDanceError, ReuseConfig
 from blockdance.presets import DEMO
 
@@ -23,44 +24,53 @@ class Handlers:
     def __init__(self, models: Models) -> None:
         self.models = models
         self.machine = describe_machine()
+        self._works: dict[str, Work] = {"draw": self._draw, "time": self._time, "film": self._film}
+        self._on_gpu = {name: lent_gpu(work) for name, work in self._works.items()}
 
     def run(self, order: Json) -> Iterator[Json]:
         """Draw what a page asks for, and tell it as it goes. Bad input is a toast, and the page stays as it is."""
-        try:
-            request, schedule = parse_order(order)
-            engine = yield from self._engine(order)
-            known: list[int] = []
-            for view in engine.views(request, schedule):
-                fresh = milestones(view) != known
-                known = milestones(view)
-                scene = scene_of(view, engine, self.machine) if fresh else None
-                words = engine.unknown_words(request.prompt) if view.phase == "done" else []
-                yield progress(order, view, scene=scene, unknown_words=words)
-        except BlockDanceError as error:
-            yield refused(order, error)
+        return self._answer(order, "draw")
 
     def measure(self, order: Json) -> Iterator[Json]:
         """Time the baseline and the asked schedule in interleaved rounds."""
-        try:
-            request, schedule = parse_order(order)
-            engine = yield from self._engine(order)
-            for view in engine.measured(request, schedule):
-                yield progress(order, view, scene=timed_scene(view, engine, self.machine) if view.timing else None)
-        except BlockDanceError as error:
-            yield refused(order, error)
+        return self._answer(order, "time")
 
     def animate(self, order: Json) -> Iterator[Json]:
         """Both samplers step by step, as a GIF to download."""
+        return self._answer(order, "film")
+
+    def _answer(self, order: Json, what: str) -> Iterator[Json]:
+        """Do the work where the model is; a ZeroGPU Space lends its GPU for this alone, and only to a model that uses it."""
         try:
-            request, schedule = parse_order(order)
+            parse_order(order)
             engine = yield from self._engine(order)
-            for view in engine.views(request, schedule):
-                animation = animation_of(view) if view.phase == "done" else None
-                if view.phase == "done" and animation is None:
-                    gr.Warning("There is no animation of pictures this large.")
-                yield progress(order, view, animation=animation)
+            on_gpu = engine.pipe.device.type == "cuda"
+            yield from (self._on_gpu if on_gpu else self._works)[what](order)
         except BlockDanceError as error:
             yield refused(order, error)
+
+    def _draw(self, order: Json) -> Iterator[Json]:
+        request, schedule = parse_order(order)
+        engine = self.models.engine(str(order["model"]))
+        known: list[int] = []
+        for view in engine.views(request, schedule):
+            fresh = milestones(view) != known
+            known = milestones(view)
+            words = engine.unknown_words(request.prompt) if view.phase == "done" else []
+            scene = scene_of(view, engine, self.machine) if fresh else None
+            yield progress(order, view, scene=scene, unknown_words=words)
+
+    def _time(self, order: Json) -> Iterator[Json]:
+        engine = self.models.engine(str(order["model"]))
+        for view in engine.measured(*parse_order(order)):
+            yield progress(order, view, scene=timed_scene(view, engine, self.machine) if view.timing else None)
+
+    def _film(self, order: Json) -> Iterator[Json]:
+        for view in self.models.engine(str(order["model"])).views(*parse_order(order)):
+            animation = animation_of(view) if view.phase == "done" else None
+            if view.phase == "done" and animation is None:
+                gr.Warning("There is no animation of pictures this large.")
+            yield progress(order, view, animation=animation)
 
     def choose(self, order: Json) -> Iterator[Json]:
         """Load a model and tell the page what its controls shall show. If that cannot be, it is a toast."""

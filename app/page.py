@@ -74,7 +74,12 @@ def settings_of(models: Models) -> Json:
     """What the explorer needs to know of the app."""
     start = chosen(models.first, models.settings(models.first))
     defaults = {name: start[name] for name in ("model", "request", "config")}
-    return start | {"defaults": defaults, "samplers": list(SAMPLERS), "models": models.names}
+    return start | {
+        "defaults": defaults,
+        "samplers": list(SAMPLERS),
+        "models": models.names,
+        "lpips_name": models.distance.name,
+    }
 
 
 def add_endpoint(handlers: Handlers) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
@@ -361,9 +362,49 @@ def test_measuring_properly_brings_medians_of_interleaved_rounds(page: Page) -> 
     expect(page.locator(".bd-numbers")).to_contain_text("medians of 5 interleaved rounds, quartiles")
 
 
-def test_the_stop_button_ends_a_run_and_the_page_stays(page: Page) -> None:
+def test_the_python_to_copy_draws_what_the_page_shows(
+    server: Server, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = opened(
+        browser, f"{server.url}?prompt=tulip&steps=8&i=7&s=ffcrrcrf", permissions=["clipboard-read", "clipboard-write"]
+    )
+    wait_for_live(page)
+    page.get_by_role("button", name="Copy Python").click()
+    expect(page.locator(".bd-notices")).to_contain_text("Python copied.")
+    names: dict[str, Any] = {}
+    exec(page.evaluate("navigator.clipboard.readText()"), names)
+    assert names["trace"].kinds == "ffcrrcrf" and names["trace"].schedule.cutoff_block == 7
+    drawn = np.asarray(names["image"].convert("RGBA"))
+    assert np.array_equal(np.asarray(pixels(page, "variant"), dtype=np.uint8).reshape(64, 64, 4), drawn)
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.locator(".bd-notices")).to_contain_text("Link copied.")
+    assert "s=ffcrrcrf" in page.evaluate("navigator.clipboard.readText()")
+    page.close()
+
+
+def test_another_visitor_browses_the_atlas_meanwhile_and_a_second_run_sees_its_place_in_the_queue(
+    server: Server, browser: Browser, page: Page
+) -> None:
     page.get_by_text("Model and sampling").click()
     page.locator("[name=steps]").fill("100")
+    page.keyboard.press("Enter")
+    expect(page.locator(".bd-status")).to_contain_text("plain sampler …")
+    second = opened(browser, server.url)
+    second.get_by_role("button", name="rocket").click()  # what is shipped does not wait
+    wait_for_picture(second)
+    expect(second.locator(".bd-status")).to_contain_text("“rocket”")
+    expect(page.locator(".bd-status")).to_contain_text("…")
+    second.locator("#bd-prompt").fill("tulip")
+    second.keyboard.press("Enter")
+    expect(second.locator(".bd-status")).to_contain_text("waiting for the model")
+    expect(second.locator("#queue")).to_contain_text("queue: 1/1")
+    wait_for_live(second)
+    second.close()
+
+
+def test_the_stop_button_ends_a_run_and_the_page_stays(page: Page) -> None:
+    page.get_by_text("Model and sampling").click()
+    page.locator("[name=steps]").fill("97")
     page.keyboard.press("Enter")
     expect(page.locator(".bd-status")).to_contain_text("plain sampler …")
     page.get_by_role("button", name="Stop").click()

@@ -185,6 +185,7 @@ const SKELETON = `
 <aside class="bd-tour" role="dialog" aria-label="Tour" hidden></aside>`;
 
 const MODES = {wipe: "wipe", flip: "flip", difference: "difference ×8"};
+const MOST_SCENES = 40; // live ones kept; of each a few hundred kilobytes
 const SCALES = {cosine: "cosine", log: "log(1 − cos)", block: "per block"};
 const DEFAULTS = {
   request: {prompt: "red apple", seed: 0, steps: 30, guidance: 4, sampler: "DDIM"}, model: "demo",
@@ -199,6 +200,7 @@ class Explorer {
     root.classList.add("bd");
     root.innerHTML = SKELETON;
     this.scenes = new Map();
+    this.apart = new Map();
     this.tried = [];
     this.shipped = [];
     this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}), edited: null, pinned: null, hover: null,
@@ -220,7 +222,11 @@ class Explorer {
   get kinds() { return this.state.edited || fixedSchedule(this.state.config, this.state.request.steps); }
   get cutoff() { return this.state.config.cutoff; }
   get ideal() { return idealSpeedup(this.kinds, this.cutoff, this.blocks); }
-  get scene() { return this.scenes.get(this.sceneKey()); }
+  /** What is known of the request. Shipped figures of another perceptual distance than the app's are never mixed with its own. */
+  get scene() {
+    const scene = this.scenes.get(this.sceneKey()), own = this.apart.get(this.sceneKey());
+    return scene && this.runOf(scene) || !own ? scene : own;
+  }
   get step() { return this.state.hover ?? this.state.pinned; }
 
   sceneKey(request = this.state.request, model = this.state.model) {
@@ -294,20 +300,25 @@ class Explorer {
   }
 
   addScene(key, scene) {
-    const known = this.scenes.get(key);
-    if (!known && !scene.size) return; // only its timing
-    if (!known) this.scenes.set(key, scene);
-    else {
-      for (const part of ["baseline", "map", "features", "yardsticks", "unknown_words"]) if (scene[part] && !known[part]) known[part] = scene[part];
-      for (const list of ["runs", "controls"]) for (const fresh of scene[list]) {
-        const same = (old) => list === "controls" ? old.steps === fresh.steps : old.schedule === fresh.schedule && old.cutoff_block === fresh.cutoff_block;
-        const at = known[list].findIndex(same);
-        if (at < 0) known[list].push(fresh);
-        else if (fresh.rounds > known[list][at].rounds) known[list][at] = {...known[list][at], ...fresh};
-        else known[list][at].previews ||= fresh.previews;
-      }
+    if (!scene.size) { // it tells how long a run took, and no more
+      for (const known of [this.scenes.get(key), this.apart.get(key)]) if (known) this.merge(known, scene);
+      return;
     }
-    if (this.scenes.size > 40 + this.shipped.length) this.forgetOldest();
+    const mixes = !this.scenes.get(key)?.shipped || this.manifest.lpips_name === this.settings.lpips_name;
+    const scenes = mixes ? this.scenes : this.apart;
+    if (scenes.has(key)) this.merge(scenes.get(key), scene); else scenes.set(key, scene);
+    if (this.scenes.size > MOST_SCENES + this.shipped.length) this.forgetOldest();
+  }
+
+  merge(known, scene) {
+    for (const part of ["baseline", "map", "features", "yardsticks"]) known[part] ||= scene[part];
+    if (!known.baseline.previews) known.baseline = scene.baseline || known.baseline;
+    for (const list of ["runs", "controls"]) for (const fresh of scene[list]) {
+      const old = known[list].find((old) => list === "controls" ? old.steps === fresh.steps : old.schedule === fresh.schedule && old.cutoff_block === fresh.cutoff_block);
+      if (!old) { if (fresh.picture) known[list].push(fresh); }
+      else if (fresh.rounds > old.rounds) Object.assign(old, fresh, {picture: old.picture, previews: old.previews || fresh.previews});
+      else old.previews ||= fresh.previews;
+    }
   }
 
   forgetOldest() {
