@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis.bench_app import measure_app, require_app
+from analysis.bench_visitors import measure_visitors
 from analysis.experiment import (
     Request,
     check_range,
@@ -225,9 +226,13 @@ def cache_bytes(setup: Setup, schedule: Schedule, guidance: float) -> int:
 
 
 def measure_application(setup: Setup) -> list[Record]:
-    """Start of the app, and an answer it remembers: with another seed, as its first comparison is made before it answers."""
-    cutoff = plan(ReuseConfig(), REQUEST, setup.num_blocks).cutoff_block
-    return [measure_app(replace(REQUEST, seed=REQUEST.seed + 1), cutoff, setup.repeats)]
+    """Start of the app, and an answer it remembers."""
+    return [measure_app(REQUEST, plan(ReuseConfig(), REQUEST, setup.num_blocks).cutoff_block, setup.repeats)]
+
+
+def measure_many(setup: Setup) -> list[Record]:
+    """Many visitors on one app."""
+    return [measure_visitors(REQUEST, plan(ReuseConfig(), REQUEST, setup.num_blocks).cutoff_block)]
 
 
 @dataclass(frozen=True)
@@ -249,13 +254,14 @@ BENCHES = {
     "slider": Bench("a new setting with the shared steps replayed, figures included, over the baseline's call", measure_slider),
     "cache": Bench("bytes of stored block outputs, one tensor per guidance branch", measure_cache),
     "app": Bench("app.py from its start to an answering page, and a comparison it remembers", measure_application),
+    "visitors": Bench("the page for many visitors while one draws, and the app's memory over many runs", measure_many),
 }
 
 
 def check_bench(only: Sequence[str], repeats: int) -> None:
     """Raise BlockDanceError, before anything runs, if the bench cannot run."""
     check_range("repeats", repeats, 1, MAX_REPEATS, int)
-    if "app" in only:
+    if {"app", "visitors"} & set(only):
         require_app()
 
 

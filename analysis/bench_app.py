@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -39,10 +40,10 @@ def measure_app(request: Request, cutoff_block: int, repeats: int) -> Record:
     """
     starts = []
     for start in tqdm(range(STARTS), desc="app", unit="start"):
-        with running_app() as (url, start_seconds):
-            starts.append(start_seconds)
+        with running_app() as app:
+            starts.append(app.start_seconds)
             if start == STARTS - 1:
-                first, *remembered = ask(url, arguments(request, cutoff_block), 1 + repeats)
+                first, *remembered = ask(app.url, arguments(request, cutoff_block), 1 + repeats)
     return {
         "starts": STARTS,
         **spread("start_seconds", starts),
@@ -75,9 +76,19 @@ def ask(url: str, comparison: dict[str, Any], times: int) -> list[float]:
     return [seconds_of(lambda: client.predict(**comparison, api_name="/compare")) for _ in range(times)]
 
 
+@dataclass(frozen=True)
+class Running:
+    """The app in a process of its own."""
+
+    url: str
+    start_seconds: float
+    """From its start to an answering page."""
+    pid: int
+
+
 @contextmanager
-def running_app() -> Iterator[tuple[str, float]]:
-    """The app in a process of its own; yields its address and the seconds from its start to an answering page."""
+def running_app() -> Iterator[Running]:
+    """Start the app, and stop it in the end."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryFile() as output:
@@ -91,7 +102,7 @@ def running_app() -> Iterator[tuple[str, float]]:
         )
         try:
             wait_for_page(url, process, output)
-            yield url, time.perf_counter() - start
+            yield Running(url, time.perf_counter() - start, process.pid)
         finally:
             stop(process)
 

@@ -161,6 +161,20 @@ def app_rows(record: Record) -> list[list[str]]:
     ]
 
 
+def visitors_rows(record: Record) -> list[list[str]]:
+    swap = f"{seconds(record['swap_seconds'])} (median of {record['swaps']}; slowest {seconds(record['swap_seconds_slowest'])})"
+    alone = f"{seconds(record['alone_seconds'])}, 95 % within {seconds(record['alone_seconds_95'])}"
+    busy = f"{seconds(record['busy_seconds'])}, 95 % within {seconds(record['busy_seconds_95'])}"
+    memory = [(read["runs"], f"{read['bytes'] / 2**20:.0f} MiB") for read in record["resident_bytes"]]
+    asked = f"{record['visitors']} visitors at once asking for the page and the atlas, per request"
+    return [
+        ["a move of a slider within the atlas, to the new picture in a browser", swap],
+        [asked, f"{alone} (median of {record['requests']})"],
+        ["the same while another visitor draws", busy],
+        ["memory of the app after so many different runs", "; ".join(f"{runs}: {held}" for runs, held in memory)],
+    ]
+
+
 def cache_rows(record: Record) -> list[list[str]]:
     tensor = f"one {record['dtype']} tensor of {record['tokens']} tokens by {record['width']} values"
     return [["cache, per guidance branch", f"{record['cache_bytes_per_branch']:,} bytes: {tensor}"]]
@@ -171,6 +185,7 @@ ROWS: dict[str, Callable[[Record], list[list[str]]]] = {
     "observe": observe_rows,
     "slider": slider_rows,
     "app": app_rows,
+    "visitors": visitors_rows,
     "cache": cache_rows,
 }
 

@@ -4,8 +4,9 @@ import sys
 
 from playwright.sync_api import expect, sync_playwright
 
+from analysis.browser import launch_chromium
 from tests.serving import serving
-from tests.test_page import PATIENCE_MS, launch_chromium
+from tests.test_page import PATIENCE_MS
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from analysis import __main__ as command
-from analysis import bench_app
+from analysis import bench_app, bench_visitors
 from analysis.bench import MAX_REPEATS, REQUEST, control_steps, cutoffs, mean_difference, speedup_figures
 from analysis.records import BenchError, kept, read_records, write_records
 from analysis.stopwatch import interleaved, paired_ratios, spread
@@ -41,6 +41,21 @@ OTHERS = [
     ORIGIN | {"bench": "cache", "cache_bytes_per_branch": 32768, "cache_bytes": 65536, "tokens": 64, "width": 128},
     ORIGIN
     | {"bench": "app", "repeats": 20, "starts": 3, "start_seconds": 6.0, "first_seconds": 2.5, "remembered_seconds": 0.05},
+    ORIGIN
+    | {
+        "bench": "visitors",
+        "visitors": 20,
+        "requests": 3600,
+        "swaps": 24,
+        "swap_seconds": 0.021,
+        "swap_seconds_slowest": 0.034,
+        "alone_seconds": 0.011,
+        "alone_seconds_95": 0.022,
+        "busy_seconds": 0.033,
+        "busy_seconds_95": 0.044,
+        "runs": 300,
+        "resident_bytes": [{"runs": 0, "bytes": 2**30}, {"runs": 300, "bytes": 2**30 + 2**28}],
+    },
 ]
 PAGE = f"# Title\n\n{BEGIN}\nold\n{END}\n\nAfter.\n"
 
@@ -138,7 +153,18 @@ def test_the_tables_name_the_hardware_the_command_and_every_figure() -> None:
     row = "| 2 | 9 | 1.24x | 1.19x (1.18 to 1.21) | 0.967 | 0.01230 / 0.9870 |"
     assert f"{row} 24 steps, ideal 1.25x | 1.21x (1.20 to 1.22) | 0.03210 / 0.9120 |" in text
     assert "difference from the baseline" in text
-    for figure in ("+0.40 %", "+8.00 %", "0.250 s", "0.50 of the baseline's 0.500 s", "32,768 bytes", "0.050 s", "6.000 s"):
+    for figure in (
+        "+0.40 %",
+        "+8.00 %",
+        "0.250 s",
+        "0.50 of the baseline's 0.500 s",
+        "32,768 bytes",
+        "0.050 s",
+        "6.000 s",
+        "0.034 s",
+        "0.044 s",
+        "300: 1280 MiB",
+    ):
         assert figure in text
 
 
@@ -236,3 +262,17 @@ def test_an_app_that_ends_at_once_is_told_with_its_last_words(monkeypatch: pytes
 def test_the_app_is_asked_for_the_default_window() -> None:
     asked = bench_app.arguments(REQUEST, cutoff_block=9)
     assert (asked["prompt"], asked["steps"], asked["window_start"], asked["window_end"]) == ("red apple", 30, 0.4, 0.95)
+
+
+def test_visitors_are_measured_on_the_running_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"VISITORS": 2, "ROUNDS": 1, "RUNS": 6, "RUN_STEPS": 4}.items():
+        monkeypatch.setattr(bench_visitors, name, value)
+    try:
+        record = bench_visitors.measure_visitors(REQUEST, cutoff_block=9)
+    except BenchError as error:
+        assert "no Chromium" in str(error)
+        pytest.skip(str(error))
+    assert record["requests"] == 2 * (1 + 1 + 16) and record["swaps"] == 3 * 4 * 2
+    assert 0 < record["alone_seconds"] <= record["alone_seconds_95"]
+    assert [read["runs"] for read in record["resident_bytes"]] == list(range(7))
+    assert all(read["bytes"] > 2**28 for read in record["resident_bytes"])

@@ -1,7 +1,6 @@
 """The explorer in a real browser, over the app: what a visitor sees, moves and stops."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from analysis.browser import launch_chromium
 from blockdance import ReuseConfig, fixed_schedule
 from tests.serving import Server, serving
 
 PATIENCE_MS = 60_000
 PAPER = {"interval": 2, "cutoff": 9, "start": 0.4, "end": 0.95}
 MARKUP = "<img src=x onerror=\"document.title='taken'\">${document.title='taken'}{{value}}"
-
-
-def launch_chromium(driver: Playwright) -> Browser | None:
-    """Playwright's own Chromium, else the machine's, else None."""
-    own = Path(driver.chromium.executable_path)
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = str(own) if own.exists() else next(filter(None, map(shutil.which, names)), None)
-    return driver.chromium.launch(executable_path=found, args=["--no-sandbox"]) if found else None
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +374,7 @@ def test_the_python_to_copy_draws_what_the_page_shows(
     page.close()
 
 
-def test_another_visitor_browses_the_atlas_meanwhile_and_a_second_run_sees_its_place_in_the_queue(
+def test_a_second_run_sees_its_place_in_the_queue_and_the_atlas_does_not_wait(
     server: Server, browser: Browser, page: Page
 ) -> None:
     page.get_by_text("Model and sampling").click()
