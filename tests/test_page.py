@@ -226,6 +226,17 @@ def test_everything_on_the_map_has_a_key(page: Page) -> None:
     expect(page.locator(".bd-table td.reused")).to_have_count(7 * 9)
 
 
+def test_the_strip_loads_an_interval_and_keeps_the_focus(page: Page) -> None:
+    wait_for_picture(page)
+    third = page.locator(".bd-strip button").nth(2)
+    expect(third).to_contain_text("1.31× ideal, LPIPS")
+    third.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".bd-plan")).to_contain_text("Ideal speedup 1.31×")
+    expect(third).to_have_attribute("aria-pressed", "true")
+    expect(third).to_be_focused()
+
+
 def test_the_address_holds_every_setting_and_brings_it_back(server: Server, browser: Browser, page: Page) -> None:
     wait_for_picture(page)
     page.get_by_role("button", name="octopus").click()

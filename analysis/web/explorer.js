@@ -147,7 +147,7 @@ const SKELETON = `
     <div class="bd-scrubber"><button data-do="play" aria-label="Play the steps">▶</button>
       <input type="range" name="step" min="0" step="1" aria-label="Step shown"><output></output></div>
   </section>
-  <section data-part="numbers" class="bd-numbers" aria-label="Numbers"></section>
+  <section data-part="numbers" class="bd-numbers" aria-label="Numbers"><div></div><button data-do="measure" data-live>Measure properly</button></section>
   <section data-part="map" class="bd-map"><div class="bd-line"><h2>Where features repeat</h2><div class="bd-scales" role="group" aria-label="Colour scale"></div></div>
     <p class="bd-note">Cosine similarity of each block's output with its own output one step earlier, in the plain run; bright means it repeats.
     Hatched cells are reused, never computed. <b>Drag</b> the orange line or the window's edges, <b>click</b> a column to pin its step, click the
@@ -422,6 +422,7 @@ class Explorer {
     this.all("[data-do]").forEach((button) => { button.type = "button"; button.onclick = () => this[`do_${button.dataset.do}`](); });
     this.buildPictures();
     this.buildMap();
+    this.buildStrip();
     this.choices(".bd-scales", SCALES, "scale");
     this.choices(".bd-modes", MODES, "mode");
     const table = this.$(".bd-table");
@@ -525,9 +526,7 @@ class Explorer {
     const seen = step !== null && scene?.baseline?.previews && run?.previews ? step : null;
     const at = (drawn, isControl) => !drawn ? null : seen === null || isControl ? drawn.picture : {...drawn.previews, column: seen};
     const baseline = at(scene?.baseline), variant = at(run);
-    this.drawTile("baseline", scene, baseline);
-    this.drawTile("variant", scene, variant);
-    this.drawTile("control", scene, at(control, true));
+    for (const [name, ref] of Object.entries({baseline, variant, control: at(control, true)})) this.drawTile(this.$(`[data-picture=${name}]`), scene, ref);
     this.drawBoth(scene, baseline, variant);
     const name = (picture, text) => { this.$(`[data-picture=${picture}]`).nextElementSibling.textContent = text; };
     name("control", control ? `Fewer steps: ${control.steps}` : "Fewer steps");
@@ -541,8 +540,7 @@ class Explorer {
   }
 
   /** Draw a tile into a canvas; one that is not there leaves the old one, dimmed. */
-  async drawTile(name, scene, ref) {
-    const canvas = this.$(`[data-picture=${name}]`);
+  async drawTile(canvas, scene, ref) {
     canvas.classList.toggle("stale", !ref);
     if (!ref) return;
     const [width, height] = scene.size, wanted = canvas.wanted = `${ref.src}|${ref.column}|${ref.row}`;
@@ -604,11 +602,12 @@ class Explorer {
     const spread = run?.speedup_quartiles ? `, quartiles ${times(run.speedup_quartiles[0])} to ${times(run.speedup_quartiles[1])}` : "";
     const often = run && !run.speedup_measured ? "nothing is reused, so nothing was timed" : run?.rounds > 1 ? `medians of ${run.rounds} interleaved rounds${spread}` : "timed once";
     const note = h("p", {className: "bd-note"}, `${run ? `${often}; ${run.machine || scene.machine}. ` : ""}${(run?.lpips_name || control?.lpips_name) ?? "LPIPS"}, SSIM and PSNR are a difference from the baseline, not a quality; the bars are logarithmic.`);
-    const measure = this.live ? [h("button", {type: "button", className: "bd-measure", disabled: !run || !kinds.includes("r") || Boolean(this.waiting), onclick: () => this.do_measure()}, "Measure properly")] : [];
-    this.$(".bd-numbers").replaceChildren(
+    const measure = this.$("[data-do=measure]");
+    if (measure) measure.disabled = !run || !kinds.includes("r") || Boolean(this.waiting);
+    this.$(".bd-numbers div").replaceChildren(
       h("div", {className: "bd-figures"}, figure(times(this.ideal), "ideal speedup", "from block counts"), figure(measured, "measured", "baseline seconds over ours"),
         figure(run ? small(run.lpips) : "…", "LPIPS"), figure(run ? run.ssim.toFixed(4) : "…", "SSIM")),
-      h("p", {}, `${this.coverage()} ${blocksRun(kinds, cutoff, blocks)} of ${blocks * kinds.length} block evaluations${run?.cache_bytes ? `; cache ${Math.round(run.cache_bytes / 1024)} KiB` : ""}. `, ...measure), table, note);
+      h("p", {}, `${this.coverage()} ${blocksRun(kinds, cutoff, blocks)} of ${blocks * kinds.length} block evaluations${run?.cache_bytes ? `; cache ${Math.round(run.cache_bytes / 1024)} KiB` : ""}.`), table, note);
   }
 
   renderFeatures(scene) {
@@ -629,19 +628,20 @@ class Explorer {
     });
   }
 
+  buildStrip() {
+    this.strip = [1, 2, 3, 4].map((interval) => ({interval, canvas: h("canvas", {}), told: h("span", {})}));
+    this.$(".bd-strip .bd-row").append(...this.strip.map(({interval, canvas, told}) =>
+      h("button", {type: "button", onclick: () => this.set({config: {interval}, edited: null})}, canvas, h("b", {}, `N = ${interval}`), told)));
+  }
+
   renderStrip(scene) {
-    const row = this.$(".bd-strip .bd-row"), {config, request} = this.state;
-    row.replaceChildren(...[1, 2, 3, 4].map((interval) => {
+    const {config, request, edited} = this.state;
+    for (const {interval, canvas, told} of this.strip) {
       const kinds = fixedSchedule({...config, interval}, request.steps), run = this.runOf(scene, kinds, this.cutoff);
-      const canvas = h("canvas", {});
-      if (run && scene) image(run.picture.src).then((source) => {
-        [canvas.width, canvas.height] = scene.size;
-        canvas.getContext("2d").drawImage(source, run.picture.column * canvas.width, run.picture.row * canvas.height, canvas.width, canvas.height, 0, 0, canvas.width, canvas.height);
-      });
-      const told = run ? `${times(run.speedup_ideal)} ideal, LPIPS ${small(run.lpips)}` : `${times(idealSpeedup(kinds, this.cutoff, this.blocks))} ideal, not drawn yet`;
-      const current = interval === config.interval && !this.state.edited;
-      return h("button", {type: "button", "aria-pressed": current, onclick: () => this.set({config: {interval}, edited: null})}, canvas, h("b", {}, `N = ${interval}`), h("span", {}, told));
-    }));
+      this.drawTile(canvas, scene, run?.picture);
+      told.textContent = run ? `${times(run.speedup_ideal)} ideal, LPIPS ${small(run.lpips)}` : `${times(idealSpeedup(kinds, this.cutoff, this.blocks))} ideal, not drawn yet`;
+      canvas.parentElement.setAttribute("aria-pressed", interval === config.interval && !edited);
+    }
   }
 
   // ------------------------------------------------------------ the map: a canvas that is the control
@@ -713,16 +713,18 @@ class Explorer {
     tip.style.transform = `translate(${Math.min(x + 12, this.shape.width - 250)}px, ${y + 14}px)`;
   }
 
-  /** From a value of the map to a fraction of the colours, 1 for alike. */
+  /** Every value of the map as a fraction of the colours, 1 for most alike, and what the ends of the colours mean. */
   shades(map) {
     const {scale} = this.state, log = (value) => -Math.log10(Math.max(1 - value, 1e-6));
     const shown = map.map((row) => row.map((value) => value === null ? null : scale === "cosine" ? value : log(value)));
     const ends = (values) => values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
     const all = ends(shown.flat().filter((value) => value !== null));
-    return shown.map((row) => {
+    const fractions = shown.map((row) => {
       const [low, high] = scale === "block" ? ends(row.filter((value) => value !== null)) : all;
       return row.map((value) => value === null ? null : high > low ? (value - low) / (high - low) : 1);
     });
+    const told = {cosine: (value) => value.toFixed(4), log: (value) => `1 − ${(10 ** -value).toExponential(0)}`, block: () => ""}[scale];
+    return {fractions, ends: scale === "block" ? ["its least alike", "its most alike"] : all.map(told)};
   }
 
   renderMap(scene) {
@@ -737,9 +739,9 @@ class Explorer {
     c.scale(ratio, ratio);
     const ink = getComputedStyle(canvas).color;
     c.font = "12px system-ui, sans-serif";
-    const shades = scene?.map ? this.shades(scene.map) : null, sources = reusedFrom(kinds);
+    const colours = scene?.map ? this.shades(scene.map) : null, sources = reusedFrom(kinds);
     for (let block = 0; block < this.blocks; block++) for (let step = 0; step < steps; step++) {
-      const shade = shades?.[block]?.[step];
+      const shade = colours?.fractions[block]?.[step];
       c.fillStyle = shade == null ? "rgba(128, 128, 128, 0.18)" : viridis(shade);
       c.fillRect(left + step * cell, bottom - (block + 1) * row, cell - 0.5, row - 0.5);
     }
@@ -751,6 +753,7 @@ class Explorer {
     }
     this.drawHandles(c, ink);
     this.drawAxes(c, ink, height);
+    if (colours && width > 700) this.drawLegend(c, ink, height, colours.ends);
     const reused = [...kinds].filter((kind) => kind === "r").length;
     this.$(".bd-plan").textContent = `${this.coverage()} Ideal speedup ${times(this.ideal)}. Schedule ${kinds}.`;
     canvas.setAttribute("aria-label", `Similarity map. Cutoff block ${this.cutoff}, ${reused} reuse steps. Arrow up and down move the cutoff, left and right the step, Enter toggles the step, brackets move the window's start.`);
@@ -802,6 +805,16 @@ class Explorer {
       c.fillStyle = ink; c.fillText(name, x + 14, height - 7);
       x += 62;
     }
+  }
+
+  drawLegend(c, ink, height, [low, high]) {
+    const right = this.shape.width - 12, bar = 90;
+    c.textAlign = "right"; c.fillStyle = ink;
+    c.fillText(high, right, height - 7);
+    const end = right - c.measureText(high).width - 6;
+    for (let x = 0; x < bar; x++) { c.fillStyle = viridis(x / bar); c.fillRect(end - bar + x, height - 13, 1.5, 10); }
+    c.fillStyle = ink;
+    c.fillText(low, end - bar - 6, height - 7);
   }
 
   renderTable() {
