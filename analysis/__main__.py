@@ -179,7 +179,8 @@ def bench_full_size(args: argparse.Namespace) -> None:
 def run_compare(args: argparse.Namespace) -> None:
     requests = [Request(prompt, args.seed, args.steps) for prompt in args.prompts or read_prompts()]
     out = COMPARE_RESULTS if args.out == COMPARE_RESULTS.parent else args.out / "results.jsonl"
-    lines = compare(load_demo_pipeline(), requests, args.methods, perceptual_distance(), out)
+    everything = compare(load_demo_pipeline(), requests, args.methods, perceptual_distance(), out)
+    lines = [line for line in everything if line["steps"] == args.steps]
     print(render_compare(lines, str(out)))
     curves = args.out / "curves.html"
     if out != COMPARE_RESULTS:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +19,10 @@ from diffusers import (
 from torch import Tensor
 
 from analysis.experiment import Request, plan, sample
-from blockdance import ReuseConfig, accelerate
+from blockdance import Extrapolated, ReuseConfig, accelerate
+from blockdance.accelerate import PAPER
 from blockdance.scheduled import depth_of
+from blockdance.storage import Residual, StorageRule
 
 ATTENTION_AND_MLP = [r"transformer_blocks\.\d+\.(attn1|attn2|ff)"]
 """What TaylorSeer predicts; its own default matches nothing in DiT and PixArt."""
@@ -74,11 +77,11 @@ def cached(pipe: Any, config: Any) -> Iterator[None]:
         transformer.__class__ = cls
 
 
-def block_dance(pipe: Any, request: Request, knob: str) -> AbstractContextManager[Any]:
-    """`N,i,start`: interval, cutoff block, and where the window starts."""
+def block_dance(pipe: Any, request: Request, knob: str, storage: StorageRule = PAPER) -> AbstractContextManager[Any]:
+    """`N,i,start`: interval, cutoff block, and where the window starts; it ends at 0.95."""
     interval, cutoff, start = knob.split(",")
     config = ReuseConfig(int(interval), int(cutoff), float(start), 0.95)
-    return accelerate(pipe, plan(config, request, depth_of(pipe)))
+    return accelerate(pipe, plan(config, request, depth_of(pipe)), storage=storage)
 
 
 def first_block_cache(pipe: Any, request: Request, knob: str) -> AbstractContextManager[Any]:
@@ -161,14 +164,26 @@ def share_of_steps(request: Request, knob: str) -> int:
     return max(1, round(request.steps * int(knob) / 30))
 
 
+BLOCKDANCE_KNOB = "N, cutoff block, window start"
 METHODS = {
     "fewer-steps": Method(
         "steps of 30", ("25", "23", "21", "19", "17", "15", "12"), lambda *_: nullcontext(), steps=share_of_steps
     ),
     "blockdance": Method(
-        "N, cutoff block, window start",
+        BLOCKDANCE_KNOB,
         ("2,9,0.4", "2,12,0.4", "3,12,0.4", "2,12,0.25", "4,12,0.4", "3,12,0.25", "4,12,0.25", "6,12,0.1"),
         block_dance,
+    ),
+    "blockdance-extrapolated": Method(
+        BLOCKDANCE_KNOB,
+        ("2,12,0.4", "2,12,0.25", "3,12,0.4", "3,12,0.25", "4,12,0.25", "3,12,0.1", "4,12,0.1", "5,12,0.1", "6,12,0.1"),
+        partial(block_dance, storage=Extrapolated()),
+    ),
+    "blockdance-quadratic": Method(
+        BLOCKDANCE_KNOB, ("2,12,0.4", "2,12,0.25", "3,12,0.25"), partial(block_dance, storage=Extrapolated(points=3))
+    ),
+    "blockdance-residual": Method(
+        BLOCKDANCE_KNOB, ("2,12,0.4", "2,12,0.25", "3,12,0.25"), partial(block_dance, storage=Residual())
     ),
     "first-block-cache": Method("threshold", ("0.03", "0.05", "0.08", "0.12", "0.2"), first_block_cache),
     "taylorseer": Method("interval, order", ("2,0", "2,1", "3,1", "3,2", "4,1"), taylorseer),

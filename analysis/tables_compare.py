@@ -82,7 +82,9 @@ def update_compare(readme: Path, lines: Sequence[Record], results: Path) -> None
     Raises:
         BenchError: the file has no markers, or there are no lines.
     """
-    text = render_compare(lines, named(results, readme))
+    several = sorted({line["steps"] for line in lines})
+    tables = [render_compare([line for line in lines if line["steps"] == steps], named(results, readme)) for steps in several]
+    text = "\n\n".join(tables) if tables else render_compare([], "")
     readme.write_text(between_markers(readme.read_text(), text, readme.name, BEGIN, END))
 
 

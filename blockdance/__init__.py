@@ -12,6 +12,7 @@ from blockdance.integrate import integrate
 from blockdance.observe import Observation, observe
 from blockdance.replay import Recording, record
 from blockdance.schedule import MIN_STEPS, ReuseConfig, Schedule, StepKind, fixed_schedule
+from blockdance.storage import Extrapolated
 from blockdance.trace import OnStep, StepRecord, Trace
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "BlockDanceConfig",
     "BlockDanceError",
     "ConfigError",
+    "Extrapolated",
     "Observation",
     "OnStep",
     "Recording",

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from blockdance.adapters import Streams
@@ -10,37 +9,38 @@ from blockdance.errors import ScheduleError, SessionError
 from blockdance.replay import Recording
 from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
 from blockdance.session import ModelCall, Part, Session, is_dense_by_gradient
+from blockdance.storage import Kept, Latest, StorageRule
 from blockdance.trace import OnStep, Trace, traced
 
-
-@dataclass(frozen=True)
-class Stored:
-    """What a cache step keeps of one guidance branch."""
-
-    entry: list[Any]
-    """Shape, dtype and device of each stream that the first block saw; reuse asks for the same."""
-    outputs: Streams
-    """Of the cutoff block."""
+PAPER = Latest()
 
 
 class Reuser(Part):
-    """Executes a schedule; holds one block's output per guidance branch."""
+    """Executes a schedule; holds what the storage rule keeps, by default one block's output per guidance branch."""
 
     changes_the_run = True
 
-    def __init__(self, plan: ReuseConfig | Schedule, trace: Trace, replay: Recording | None) -> None:
+    def __init__(
+        self, plan: ReuseConfig | Schedule, trace: Trace, replay: Recording | None, storage: StorageRule = PAPER
+    ) -> None:
         self.plan = plan
         self.trace = trace
         self.replay = replay
-        self.stored: dict[int, Stored] = {}
+        self.storage = storage
+        self.stored: dict[int, list[Kept]] = {}
         self.schedule = Schedule.dense(1)
+        self._from_step = 0
+        """Steps before this one leave nothing behind, and may be replayed."""
         self._call: ModelCall | None = None
         self._entry: list[Any] = []
+        self._inputs: Streams = ()
 
     def begin_run(self, session: Session) -> None:
         self.stored.clear()
         self._session = session
         self.schedule = schedule_for(self.plan, session.num_steps, session.num_blocks)
+        looks_back = 0 if self.schedule.first_reuse is None else self.storage.points - 1
+        self._from_step = self.schedule.shared_prefix - looks_back
         self.trace.schedule = self.schedule
         self.trace.note = self.plan.why_dense(session.num_steps) if isinstance(self.plan, ReuseConfig) else None
 
@@ -49,7 +49,7 @@ class Reuser(Part):
             self.stored.clear()
             return None
         call.kind = self.schedule[call.step]
-        if self.replay is not None and call.step < self.schedule.shared_prefix:
+        if self.replay is not None and call.step < self._from_step:
             output = self.replay.output_for(call)
             call.replayed_seconds = self.replay.trace.steps[call.step].seconds
             call.blocks_evaluated = call.depth
@@ -57,29 +57,49 @@ class Reuser(Part):
         return None
 
     def watches_blocks(self, call: ModelCall) -> bool:
-        return call.kind is not StepKind.FULL
+        return call.kind is not StepKind.FULL or self._is_kept(call)
 
     def before_block(self, call: ModelCall, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams | None:
         block = self._session.blocks[index]
         if call is not self._call:
-            inputs = block.inputs(args, kwargs)
-            self._call, self._entry = call, [(stream.shape, stream.dtype, stream.device) for stream in inputs]
-            if call.kind is StepKind.REUSE and not self._fits(call):
-                call.kind = StepKind.CACHE
+            self._enter(call, block.inputs(args, kwargs))
         if call.kind is not StepKind.REUSE or index > self.schedule.cutoff_block:
             return None
         if index == self.schedule.cutoff_block:
-            return _cloned(self.stored[call.branch].outputs)
+            return self.storage.outputs_at(_position(call), self.stored[call.branch], self._inputs)
         return block.inputs(args, kwargs)
 
     def after_block(self, call: ModelCall, index: int, outputs: Streams) -> None:
-        if call.kind is StepKind.CACHE and index == self.schedule.cutoff_block:
-            self.stored[call.branch] = Stored(self._entry, _cloned(outputs))
-            held = sum(stream.nbytes for stored in self.stored.values() for stream in stored.outputs)
-            self.trace.cache_bytes = max(self.trace.cache_bytes, held)
+        if index != self.schedule.cutoff_block or not self._is_kept(call):
+            return
+        inputs = self._inputs if self.storage.wants_inputs else None
+        fresh = Kept(_position(call), self._entry, inputs, _cloned(outputs))
+        before = [kept for kept in self.stored.get(call.branch, []) if kept.entry == fresh.entry]
+        earlier = [kept for kept in before if kept.position < fresh.position]
+        self.stored[call.branch] = [*earlier, fresh][-self.storage.points :]
+        held = sum(kept.nbytes for branch in self.stored.values() for kept in branch)
+        self.trace.cache_bytes = max(self.trace.cache_bytes, held)
+
+    def _enter(self, call: ModelCall, inputs: Streams) -> None:
+        """The first block of a call is about to see `inputs`; a reuse step that they do not fit becomes a cache step."""
+        self._call, self._entry = call, [(stream.shape, stream.dtype, stream.device) for stream in inputs]
+        if self.storage.wants_inputs:
+            self._inputs = _cloned(inputs)
+        if call.kind is StepKind.REUSE and not self._fits(call):
+            call.kind = StepKind.CACHE
+
+    def _is_kept(self, call: ModelCall) -> bool:
+        """A cache step, or one of the full steps just before the first that a rule of several points looks back to."""
+        looked_back_to = self._from_step <= call.step < self.schedule.shared_prefix
+        return call.kind is StepKind.CACHE or (call.kind is StepKind.FULL and looked_back_to)
 
     def _fits(self, call: ModelCall) -> bool:
-        return call.branch in self.stored and self.stored[call.branch].entry == self._entry
+        kept = self.stored.get(call.branch)
+        return kept is not None and kept[-1].entry == self._entry
+
+
+def _position(call: ModelCall) -> float:
+    return call.step + call.stage
 
 
 def _cloned(streams: Streams) -> Streams:
@@ -89,13 +109,20 @@ def _cloned(streams: Streams) -> Streams:
 
 @contextmanager
 def accelerate(
-    pipe: Any, config: ReuseConfig | Schedule, *, replay: Recording | None = None, on_step: OnStep | None = None
+    pipe: Any,
+    config: ReuseConfig | Schedule,
+    *,
+    storage: StorageRule = PAPER,
+    replay: Recording | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[Trace]:
     """Run the unmodified pipeline inside with BlockDance; leaving restores it exactly, whatever happened inside.
 
     Args:
         pipe: a diffusers pipeline with a supported transformer; call it inside as usual, any number of times.
         config: a `ReuseConfig`, or a `Schedule` of as many steps as the run will have.
+        storage: what a reuse step starts from; by default the last cache step's output, as in the paper. `Extrapolated()`
+            continues the last two.
         replay: a baseline from `record`, made with the same call; its outputs stand in for the steps before the
             first reuse, and the result has the same bits as a full run.
         on_step: called with (finished step, number of steps); raise from it to cancel.
@@ -109,7 +136,7 @@ def accelerate(
         SessionError: the pipeline is accelerated already, or the recording belongs to another model or call.
     """
     trace = Trace(num_blocks=0)
-    reuser = Reuser(config, trace, replay)
+    reuser = Reuser(config, trace, replay, storage)
     with traced(pipe, reuser, trace, on_step) as session:
         if replay is not None and replay.transformer() is not session.transformer:
             raise SessionError("the recording was made with another transformer; record the baseline with this pipeline")
