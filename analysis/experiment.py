@@ -30,6 +30,7 @@ from blockdance import (
     record,
 )
 from blockdance.scheduled import depth_of
+from blockdance.storage import rule_named
 
 SAMPLERS: dict[str, Any] = {
     "DDIM": DDIMScheduler,
@@ -101,6 +102,8 @@ class Variant:
     outside_seconds: float
     estimates: list[Tensor] = field(default_factory=list)
     """The clean latent that the sampler expected at every step."""
+    storage: str = "latest"
+    """What reuse steps started from: a key of `blockdance.storage.RULES`."""
 
     @property
     def seconds(self) -> float:
@@ -179,15 +182,21 @@ def run_observed(pipe: Any, request: Request, on_step: OnStep | None = None) -> 
 
 
 def run_variant(
-    pipe: Any, request: Request, schedule: Schedule, replay: Recording | None = None, on_step: OnStep | None = None
+    pipe: Any,
+    request: Request,
+    schedule: Schedule,
+    replay: Recording | None = None,
+    on_step: OnStep | None = None,
+    storage: str = "latest",
 ) -> Variant:
     """Sample with a schedule; with a baseline's recording the steps it shares with the baseline are replayed."""
     view = with_sampler(pipe, request.sampler)
-    with accelerate(view, schedule, replay=replay, on_step=on_step) as trace, estimates_of(view) as estimates:
+    session = accelerate(view, schedule, storage=rule_named(storage), replay=replay, on_step=on_step)
+    with session as trace, estimates_of(view) as estimates:
         start = time.perf_counter()
         picture = sample(view, request)
         seconds = time.perf_counter() - start
-    return Variant(schedule, picture, trace, seconds - trace.spent_seconds, estimates)
+    return Variant(schedule, picture, trace, seconds - trace.spent_seconds, estimates, storage)
 
 
 def plan(config: ReuseConfig, request: Request, num_blocks: int) -> Schedule:
@@ -206,6 +215,7 @@ def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) 
         "schedule": str(variant.schedule),
         "num_blocks": variant.trace.num_blocks,
         "cutoff_block": variant.schedule.cutoff_block,
+        "storage": variant.storage,
         "baseline_seconds": baseline.seconds,
         "seconds": variant.seconds,
         "speedup_measured": baseline.seconds / variant.seconds,

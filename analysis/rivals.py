@@ -159,9 +159,14 @@ def magnitude_ratios(pipe: Any, request: Request) -> list[float]:
     return [1.0] + [float((now / before).mean()) for before, now in pairwise(lengths)]
 
 
+def extrapolated_with_fewer_steps(pipe: Any, request: Request, knob: str) -> AbstractContextManager[Any]:
+    """`steps,N,i,start`: the plain sampler's steps are fewer first, and of these some reuse."""
+    return block_dance(pipe, request, knob.split(",", 1)[1], Extrapolated())
+
+
 def share_of_steps(request: Request, knob: str) -> int:
-    """Steps out of 30, at the request's number of steps."""
-    return max(1, round(request.steps * int(knob) / 30))
+    """Steps out of 30, which the knob begins with, at the request's number of steps."""
+    return max(1, round(request.steps * int(knob.split(",")[0]) / 30))
 
 
 BLOCKDANCE_KNOB = "N, cutoff block, window start"
@@ -178,6 +183,12 @@ METHODS = {
         BLOCKDANCE_KNOB,
         ("2,12,0.4", "2,12,0.25", "3,12,0.4", "3,12,0.25", "4,12,0.25", "3,12,0.1", "4,12,0.1", "5,12,0.1", "6,12,0.1"),
         partial(block_dance, storage=Extrapolated()),
+    ),
+    "blockdance-extrapolated-fewer": Method(
+        f"steps of 30, {BLOCKDANCE_KNOB}",
+        ("27,3,12,0.1", "24,2,12,0.1", "24,3,12,0.1", "21,2,12,0.1", "21,3,12,0.1"),
+        extrapolated_with_fewer_steps,
+        steps=share_of_steps,
     ),
     "blockdance-quadratic": Method(
         BLOCKDANCE_KNOB, ("2,12,0.4", "2,12,0.25", "3,12,0.25"), partial(block_dance, storage=Extrapolated(points=3))

@@ -11,12 +11,18 @@ from analysis.estimates import after_step
 from analysis.experiment import Request, sample, with_sampler
 from analysis.stopwatch import interleaved, paired_ratios
 from blockdance import Schedule, accelerate
+from blockdance.storage import rule_named
 
 Timing = dict[str, Any]
 
 
 def time_interleaved(
-    pipe: Any, request: Request, rivals: Sequence[Schedule | int], rounds: int, check: Callable[[], None] | None = None
+    pipe: Any,
+    request: Request,
+    rivals: Sequence[Schedule | int],
+    rounds: int,
+    check: Callable[[], None] | None = None,
+    storage: str = "latest",
 ) -> dict[Schedule | int, Timing]:
     """Time the plain run of a request against schedules, and against plain runs with other numbers of steps.
 
@@ -26,17 +32,18 @@ def time_interleaved(
         rivals: schedules, or numbers of steps of the plain sampler.
         rounds: how often each is timed, >= 1.
         check: called after every step; what it raises ends the timing.
+        storage: what the schedules' reuse steps start from, a key of `blockdance.storage.RULES`.
 
     Returns:
         For each rival the medians over the rounds, and the quartiles of the paired speedups.
     """
-    view = with_sampler(pipe, request.sampler)
+    view, rule = with_sampler(pipe, request.sampler), rule_named(storage)
 
     def runner(rival: Schedule | int | None) -> Callable[[], None]:
         asked = replace(request, steps=rival) if isinstance(rival, int) else request
 
         def run() -> None:
-            with accelerate(view, rival) if isinstance(rival, Schedule) else nullcontext():
+            with accelerate(view, rival, storage=rule) if isinstance(rival, Schedule) else nullcontext():
                 sample(view, asked)
 
         return run

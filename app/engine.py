@@ -35,6 +35,7 @@ from analysis.timing import Timing, time_interleaved
 from blockdance import OnStep, ReuseConfig, Schedule, Trace
 from blockdance.accelerate import schedule_for
 from blockdance.scheduled import depth_of
+from blockdance.storage import rule_named
 
 ROUNDS = 5
 """Rounds of a proper measurement."""
@@ -73,6 +74,8 @@ class View:
 
     request: Request
     schedule: Schedule
+    storage: str = "latest"
+    """What reuse steps start from: a key of `blockdance.storage.RULES`."""
     note: str | None = None
     """Why nothing is reused, if so."""
     phase: str = "waiting for the model"
@@ -201,7 +204,7 @@ class Engine:
             return sorted(word for word in self.pipe.tokenizer.get_vocab() if word.isalpha())
         return sorted(self.pipe.labels) if hasattr(self.pipe, "get_label_ids") else None
 
-    def views(self, request: Request, config: ReuseConfig | Schedule) -> Iterator[View]:
+    def views(self, request: Request, config: ReuseConfig | Schedule, storage: str = "latest") -> Iterator[View]:
         """Compute a comparison on a worker thread and yield what is known so far, whenever more is.
 
         Closing the iterator cancels the run within one step.
@@ -210,9 +213,11 @@ class Engine:
             BlockDanceError: the config or schedule does not fit the model or the request, or the model the prompt; before
                 anything runs.
         """
-        yield from self._news_of(self._job(request, config), self._compare)
+        yield from self._news_of(self._job(request, config, storage), self._compare)
 
-    def measured(self, request: Request, config: ReuseConfig | Schedule, rounds: int = ROUNDS) -> Iterator[View]:
+    def measured(
+        self, request: Request, config: ReuseConfig | Schedule, storage: str = "latest", rounds: int = ROUNDS
+    ) -> Iterator[View]:
         """Like `views`, but times the baseline and BlockDance in interleaved rounds of full runs and draws nothing.
 
         Raises:
@@ -229,15 +234,17 @@ class Engine:
                     job.learn(phase=f"timing {rounds} rounds", progress=min(1.0, next(steps) / in_all))
 
                 schedule = job.view.schedule
-                job.learn(timing=time_interleaved(self.pipe, request, [schedule], rounds, check)[schedule])
+                timings = time_interleaved(self.pipe, request, [schedule], rounds, check, storage)
+                job.learn(timing=timings[schedule])
             job.learn(phase="done", progress=1.0)
 
-        yield from self._news_of(self._job(request, config), measure)
+        yield from self._news_of(self._job(request, config, storage), measure)
 
-    def _job(self, request: Request, config: ReuseConfig | Schedule) -> Job:
+    def _job(self, request: Request, config: ReuseConfig | Schedule, storage: str) -> Job:
+        rule_named(storage)
         conditioned_on(self.pipe, request.prompt)
         note = config.why_dense(request.steps) if isinstance(config, ReuseConfig) else None
-        return Job(View(request, schedule_for(config, request.steps, self.num_blocks), note))
+        return Job(View(request, schedule_for(config, request.steps, self.num_blocks), storage, note))
 
     def _news_of(self, job: Job, work: Callable[[Job], None]) -> Iterator[View]:
         """Do a job on a worker thread and yield its views; closing the iterator cancels it within a step."""
@@ -261,16 +268,16 @@ class Engine:
 
     def _compare(self, job: Job) -> None:
         """Pictures first, then the map, the control with fewer steps, the steps of both, and the scale of a difference."""
-        request, schedule = job.view.request, job.view.schedule
+        request, setting = job.view.request, (job.view.request, job.view.schedule, job.view.storage)
         baseline = self._baseline(job, request, "plain sampler")
-        variant, estimates = self._variants.recall((request, schedule), lambda: self._variant(job, baseline, schedule))
+        variant, estimates = self._variants.recall(setting, lambda: self._variant(job, baseline))
         job.learn(baseline=baseline, variant=variant)
         job.learn(observed=self._maps.recall(request, lambda: self._observed(job, request)))
         plain = self._baseline(job, fewer_steps(request, variant.trace.speedup_ideal), "fewer steps")
         job.learn(control=Drawn(plain.picture, control_figures(baseline, plain, self.distance), plain.recording.trace))
         job.learn(
-            baseline_previews=self._steps_of(job, (request, None), baseline.estimates),
-            variant_previews=self._steps_of(job, (request, schedule), estimates),
+            baseline_previews=self._steps_of(job, request, baseline.estimates),
+            variant_previews=self._steps_of(job, setting, estimates),
         )
         another = self._baseline(job, another_seed(request), "another seed")
         scale = self._yardsticks.recall(request, lambda: yardsticks(baseline, another, self.distance))
@@ -284,10 +291,11 @@ class Engine:
 
         return self._baselines.recall(request, run)
 
-    def _variant(self, job: Job, baseline: Baseline, schedule: Schedule) -> tuple[Drawn, list[Tensor]]:
+    def _variant(self, job: Job, baseline: Baseline) -> tuple[Drawn, list[Tensor]]:
         with self._model:
             job.check()
-            variant = run_variant(self.pipe, baseline.request, schedule, baseline.recording, job.on_step("BlockDance"))
+            schedule, storage, tell = job.view.schedule, job.view.storage, job.on_step("BlockDance")
+            variant = run_variant(self.pipe, baseline.request, schedule, baseline.recording, tell, storage)
         drawn = figures(baseline, variant, self.distance)
         return Drawn(variant.picture, drawn, variant.trace, step_difference(baseline, variant)), variant.estimates
 

@@ -50,10 +50,10 @@ class Handlers:
             yield refused(order, error)
 
     def _draw(self, order: Json) -> Iterator[Json]:
-        request, schedule = parse_order(order)
+        request, schedule, storage = parse_order(order)
         engine = self.models.engine(str(order["model"]))
         known: list[int] = []
-        for view in engine.views(request, schedule):
+        for view in engine.views(request, schedule, storage):
             fresh = milestones(view) != known
             known = milestones(view)
             words = engine.unknown_words(request.prompt) if view.phase == "done" else []

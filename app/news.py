@@ -14,7 +14,7 @@ from blockdance import Schedule
 REQUEST_FIELDS = ("prompt", "seed", "steps", "guidance", "sampler")
 
 
-def parse_order(order: Json) -> tuple[Request, Schedule]:
+def parse_order(order: Json) -> tuple[Request, Schedule, str]:
     """What a page asks for.
 
     Raises:
@@ -24,7 +24,8 @@ def parse_order(order: Json) -> tuple[Request, Schedule]:
     if not isinstance(asked, dict) or not isinstance(kinds, str) or not all(name in asked for name in REQUEST_FIELDS):
         raise RequestError(f"a request needs {', '.join(REQUEST_FIELDS)} and a schedule, got {sorted(order)}")
     request = Request(**{name: asked[name] for name in REQUEST_FIELDS})
-    return request, Schedule.parse(kinds, order.get("cutoff_block"))  # type: ignore[arg-type]  # judged by Schedule itself
+    schedule = Schedule.parse(kinds, order.get("cutoff_block"))  # type: ignore[arg-type]  # judged by Schedule itself
+    return request, schedule, order.get("storage", "latest")
 
 
 def progress(order: Json, view: View, **more: Any) -> Json:
@@ -73,7 +74,13 @@ def previews(pictures: Sequence[Picture] | None) -> Json | None:
 
 def timed_scene(view: View, engine: Engine, machine: str) -> Json:
     """A scene that knows only how long its run took."""
-    told = {"schedule": str(view.schedule), "cutoff_block": view.schedule.cutoff_block, "live": True, "machine": machine}
+    told = {
+        "schedule": str(view.schedule),
+        "cutoff_block": view.schedule.cutoff_block,
+        "storage": view.storage,
+        "live": True,
+        "machine": machine,
+    }
     empty: Json = {"baseline": None, "map": None, "features": None, "yardsticks": None, "controls": []}
     return empty | {"num_blocks": engine.num_blocks, "runs": [told | (view.timing or {})]}
 

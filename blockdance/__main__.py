@@ -39,6 +39,7 @@ from analysis.plots import similarity_figure
 from blockdance import BlockDanceError, OnStep, ReuseConfig, Schedule
 from blockdance.presets import DEMO, PRESETS, load_pipeline
 from blockdance.scheduled import depth_of
+from blockdance.storage import RULES, rule_named
 
 REPEATS = 3
 """Interleaved runs of each; the pictures are the same, the seconds are those of the run with the median."""
@@ -94,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help=f"reuse ends before this fraction of the steps (default: {defaults.window_end}, or the preset's)",
     )
+    parser.add_argument(
+        "--storage",
+        default="latest",
+        help=f"what a reuse step starts from, one of {', '.join(RULES)}: the last cache step's output, as in the paper, or the "
+        "last two continued by a straight line (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: %(default)s)")
     return parser
 
@@ -129,6 +136,7 @@ def settings(args: argparse.Namespace) -> tuple[Request, ReuseConfig]:
 
 def run(args: argparse.Namespace) -> None:
     request, config = settings(args)
+    rule_named(args.storage)
     pipe = load_pipeline(args.model)
     conditioned_on(pipe, request.prompt)
     schedule = plan(config, request, depth_of(pipe))
@@ -138,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
     if config.why_dense(request.steps):
         print(f"note: {config.why_dense(request.steps)}")
 
-    baseline, variant, control, cosine = measure(pipe, request, schedule)
+    baseline, variant, control, cosine = measure(pipe, request, schedule, args.storage)
     distance = perceptual_distance()
     result = figures(baseline, variant, distance) | {
         "fewer_steps": control_figures(baseline, control, distance),
@@ -156,7 +164,9 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def measure(pipe: Any, request: Request, schedule: Schedule) -> tuple[Baseline, Variant, Baseline, NDArray[np.floating]]:
+def measure(
+    pipe: Any, request: Request, schedule: Schedule, storage: str
+) -> tuple[Baseline, Variant, Baseline, NDArray[np.floating]]:
     """Baseline, variant and the control with fewer steps, interleaved, and the similarity map (num_blocks, num_steps)."""
     control_request = fewer_steps(request, schedule.ideal_speedup(depth_of(pipe)))
     warm_up(pipe, request.prompt)
@@ -164,7 +174,7 @@ def measure(pipe: Any, request: Request, schedule: Schedule) -> tuple[Baseline, 
         rounds = [
             (
                 run_baseline(pipe, request, bar_for("baseline", bar)),
-                run_variant(pipe, request, schedule, on_step=bar_for("BlockDance", bar)),
+                run_variant(pipe, request, schedule, on_step=bar_for("BlockDance", bar), storage=storage),
                 run_baseline(pipe, control_request, bar_for("fewer steps", bar)),
             )
             for _ in range(REPEATS)

@@ -112,3 +112,18 @@ class Residual:
         last = kept[-1]
         assert last.inputs is not None, "a rule that wants inputs gets them"
         return tuple(now + (out - then) for now, out, then in zip(inputs, last.outputs, last.inputs, strict=True))
+
+
+RULES: dict[str, StorageRule] = {"latest": Latest(), "extrapolated": Extrapolated()}
+"""By the names of the command line and the page; the paper's comes first."""
+
+
+def rule_named(name: object) -> StorageRule:
+    """One of RULES.
+
+    Raises:
+        ConfigError: no rule has that name.
+    """
+    if name not in RULES:
+        raise ConfigError(f"storage must be one of {', '.join(RULES)}, got {name!r}")
+    return RULES[str(name)]

@@ -209,6 +209,20 @@ def test_hovering_a_column_previews_its_step_and_a_click_pins_it(page: Page) -> 
     assert pixels(page, "baseline") != final
 
 
+def test_a_line_through_the_last_two_outputs_can_be_chosen(page: Page) -> None:
+    slide(page, "interval", 3)
+    wait_for_picture(page)
+    paper = page.inner_text(".bd-figures")
+    page.locator("[name=storage]").select_option("extrapolated")
+    wait_for_live(page)
+    expect(page.locator(".bd-numbers tbody tr").first).to_contain_text("BlockDance, extrapolated")
+    assert page.inner_text(".bd-figures") != paper
+    page.wait_for_timeout(500)
+    assert "storage=extrapolated" in page.url
+    page.locator("[name=storage]").select_option("latest")
+    expect(page.locator(".bd-figures")).to_have_text(re.sub(r"\s+", "", paper), use_inner_text=False)
+
+
 def test_everything_on_the_map_has_a_key(page: Page) -> None:
     wait_for_picture(page)
     page.locator("[data-map]").focus()

@@ -13,7 +13,7 @@ from tests.test_contract import class_names, drive
 from tests.tiny import BLOCKS, STEPS, Case
 
 REUSING = ReuseConfig(3, 3, 0.3, 1.0)
-RULES = [Latest(), Extrapolated(), Extrapolated(points=3), Residual()]
+RULES: list[StorageRule] = [Latest(), Extrapolated(), Extrapolated(points=3), Residual()]
 NAMES = ["latest", "line", "parabola", "residual"]
 
 

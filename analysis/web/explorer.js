@@ -54,6 +54,9 @@ function toggled(kinds, step) {
   return isValid(changed, kinds.length) ? changed : null;
 }
 
+const storageOf = (run) => run.storage || "latest";
+const sameRun = (a, b) => a.schedule === b.schedule && a.cutoff_block === b.cutoff_block && storageOf(a) === storageOf(b);
+
 // ---------------------------------------------------------------- small helpers
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
@@ -125,6 +128,8 @@ const SKELETON = `
     <label>Window start <output></output><input type="range" name="start" min="0" max="1" step="0.01">
       <small>Reuse begins at this fraction of the steps.</small></label>
     <label>Window end <output></output><input type="range" name="end" min="0" max="1" step="0.01"></label>
+    <label data-live>A reuse step starts from <select name="storage">
+      <option value="latest">the stored output (the paper's)</option><option value="extrapolated">the last two, continued by a line</option></select></label>
     <p class="bd-edited" hidden>The schedule was edited by hand. <button data-do="unedit">Back to the sliders</button></p>
   </div>
   <details data-part="sampling" data-live class="bd-sampling"><summary>Model and sampling</summary>
@@ -203,7 +208,7 @@ class Explorer {
     this.apart = new Map();
     this.tried = [];
     this.shipped = [];
-    this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}), edited: null, pinned: null, hover: null,
+    this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}), edited: null, storage: "latest", pinned: null, hover: null,
                   scale: "cosine", mode: "wipe", wipe: 0.5, flipped: false};
     this.blocks = settings.num_blocks || 14;
     this.waiting = null;
@@ -234,15 +239,15 @@ class Explorer {
   }
 
   /** The run of a scene with this schedule; one that reuses nothing is the baseline itself, bit for bit. */
-  runOf(scene, kinds = this.kinds, cutoff = this.cutoff) {
+  runOf(scene, kinds = this.kinds, cutoff = this.cutoff, storage = this.state.storage) {
     if (!scene || !scene.baseline) return null;
     if (!kinds.includes("r")) {
       const all = scene.num_blocks * kinds.length;
-      return {schedule: kinds, cutoff_block: cutoff, picture: scene.baseline.picture, previews: scene.baseline.previews, lpips: 0, ssim: 1,
+      return {schedule: kinds, cutoff_block: cutoff, storage, picture: scene.baseline.picture, previews: scene.baseline.previews, lpips: 0, ssim: 1,
               psnr: null, speedup_ideal: 1, speedup_measured: null, block_evaluations: all, baseline_block_evaluations: all, cache_bytes: 0,
               step_difference: Array(kinds.length).fill(0)};
     }
-    return scene.runs.find((run) => run.schedule === kinds && run.cutoff_block === cutoff) || null;
+    return scene.runs.find((run) => sameRun(run, {schedule: kinds, cutoff_block: cutoff, storage})) || null;
   }
 
   /** The control that costs about what the run costs. */
@@ -314,7 +319,7 @@ class Explorer {
     for (const part of ["baseline", "map", "features", "yardsticks"]) known[part] ||= scene[part];
     if (!known.baseline.previews) known.baseline = scene.baseline || known.baseline;
     for (const list of ["runs", "controls"]) for (const fresh of scene[list]) {
-      const old = known[list].find((old) => list === "controls" ? old.steps === fresh.steps : old.schedule === fresh.schedule && old.cutoff_block === fresh.cutoff_block);
+      const old = known[list].find((old) => list === "controls" ? old.steps === fresh.steps : sameRun(old, fresh));
       if (!old) { if (fresh.picture) known[list].push(fresh); }
       else if (fresh.rounds > old.rounds) Object.assign(old, fresh, {picture: old.picture, previews: old.previews || fresh.previews});
       else old.previews ||= fresh.previews;
@@ -352,15 +357,15 @@ class Explorer {
   }
 
   remember(run) {
-    const dot = {key: this.sceneKey(), schedule: run.schedule, cutoff_block: run.cutoff_block};
-    if (!this.tried.some((old) => JSON.stringify(old) === JSON.stringify(dot))) this.tried.push(dot);
+    const dot = {key: this.sceneKey(), schedule: run.schedule, cutoff_block: run.cutoff_block, storage: run.storage};
+    if (!this.tried.some((old) => old.key === dot.key && sameRun(old, dot))) this.tried.push(dot);
   }
 
   askNow() {
     if (this.runOf(this.scene) && this.scene.map) return;
     if (!this.live) { this.render(); return; }
     if (!this.state.request.prompt.trim()) { this.notice("Type a prompt, or choose an example."); return; }
-    this.order("run", `${this.sceneKey()}|${this.kinds}/${this.cutoff}`);
+    this.order("run", `${this.sceneKey()}|${this.kinds}/${this.cutoff}/${this.state.storage}`);
   }
 
   /** Ask the app for what is shown; the newest order is the one waited for. */
@@ -370,7 +375,7 @@ class Explorer {
     const {request, model} = this.state;
     this.waiting = {key, phase: "waiting for the model", progress: 0};
     this.stopped = false;
-    this.live(what, {key, scene_key: this.sceneKey(), request, model, kinds: this.kinds, cutoff_block: this.cutoff, ...more});
+    this.live(what, {key, scene_key: this.sceneKey(), request, model, kinds: this.kinds, cutoff_block: this.cutoff, storage: this.state.storage, ...more});
     this.render();
   }
 
@@ -417,6 +422,8 @@ class Explorer {
       const input = this.$(`[name=${name}]`);
       if (input) input.onchange = () => this.setNumber(input);
     }
+    const storage = this.$("[name=storage]");
+    if (storage) storage.onchange = () => this.set({storage: storage.value});
     this.fill("sampler", settings.samplers || [], (sampler) => this.set({request: {sampler}}));
     this.fill("model", settings.models || [], (model) => this.order("choose", "choose", {model, current: this.state.model}));
     this.all("[data-do]").forEach((button) => { button.type = "button"; button.onclick = () => this[`do_${button.dataset.do}`](); });
@@ -488,6 +495,7 @@ class Explorer {
       const control = name === "prompt" ? this.$("#bd-prompt") : this.$(`.bd-sampling [name=${name}]`);
       if (control && document.activeElement !== control) control.value = value;
     }
+    if (this.live) this.$("[name=storage]").value = state.storage;
     for (const button of this.all(".bd-chips button")) button.setAttribute("aria-pressed", button.dataset.key === this.sceneKey());
     this.$(".bd-edited").hidden = !state.edited;
     for (const [place, name] of [[".bd-scales", "scale"], [".bd-modes", "mode"]])
@@ -591,7 +599,7 @@ class Explorer {
     const run = this.runOf(scene), control = this.controlOf(scene), {kinds, cutoff, blocks} = this;
     const measured = run?.speedup_measured ? times(run.speedup_measured) : run ? "1.00×" : "…";
     const figure = (value, label, title = "") => h("div", {title}, h("b", {}, value), h("span", {}, label));
-    const rows = [["BlockDance", run], [control ? `plain sampler, ${control.steps} steps` : "fewer steps", control]];
+    const rows = [[this.state.storage === "latest" ? "BlockDance" : "BlockDance, extrapolated", run], [control ? `plain sampler, ${control.steps} steps` : "fewer steps", control]];
     for (const [name, key] of [["JPEG, quality 90", "jpeg"], ["another seed", "seed"]]) rows.push([name, scene?.yardsticks?.[key] && {...scene.yardsticks[key], yardstick: true}]);
     const bar = (value) => h("i", {className: "bd-bar", style: `width:${value > 0 ? clamp((Math.log10(value) + 5) / 5, 0.02, 1) * 100 : 0}%`});
     const cells = (row) => !row ? ["…", "…", "…", "…", "…"] : [
@@ -862,16 +870,17 @@ class Explorer {
   }
 
   drawTradeoff(scene, run, layout, react) {
-    const key = this.sceneKey(), isTried = (dot) => this.tried.some((old) => old.key === key && old.schedule === dot.schedule && old.cutoff_block === dot.cutoff_block);
+    const key = this.sceneKey(), isTried = (dot) => this.tried.some((old) => old.key === key && sameRun(old, dot));
     const dots = scene.runs.filter((dot) => dot.speedup_measured).sort((a, b) => a.speedup_measured - b.speedup_measured);
     const frontier = dots.filter((dot) => !dots.some((other) => other !== dot && other.speedup_measured >= dot.speedup_measured && other.lpips < dot.lpips));
     const controls = [...scene.controls].sort((a, b) => a.speedup_measured - b.speedup_measured);
-    const told = (dot) => `${dot.schedule}, cutoff ${dot.cutoff_block}`;
-    const series = (name, of, more) => ({name, x: of.map((dot) => dot.speedup_measured), y: of.map((dot) => dot.lpips), customdata: of.map((dot) => [dot.schedule, dot.cutoff_block]),
+    const told = (dot) => `${dot.schedule}, cutoff ${dot.cutoff_block}${storageOf(dot) === "latest" ? "" : ", extrapolated"}`;
+    const series = (name, of, more) => ({name, x: of.map((dot) => dot.speedup_measured), y: of.map((dot) => dot.lpips), customdata: of.map((dot) => [dot.schedule, dot.cutoff_block, storageOf(dot)]),
       text: of.map((dot) => dot.schedule.includes("r") ? told(dot) : `${dot.steps} steps`), hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.5f}<extra></extra>", ...more});
     const data = [
       series("BlockDance, computed ahead", dots.filter((dot) => !isTried(dot)), {mode: "markers", marker: {color: KIND_COLOURS.c, size: 7, opacity: 0.35}}),
-      series("BlockDance, tried", dots.filter(isTried), {mode: "markers", marker: {color: KIND_COLOURS.c, size: 10}}),
+      series("BlockDance, tried", dots.filter((dot) => isTried(dot) && storageOf(dot) === "latest"), {mode: "markers", marker: {color: KIND_COLOURS.c, size: 10}}),
+      series("BlockDance extrapolated, tried", dots.filter((dot) => storageOf(dot) !== "latest"), {mode: "markers", marker: {color: KIND_COLOURS.r, size: 10, symbol: "diamond"}}),
       series("best of BlockDance", frontier, {mode: "lines", line: {color: KIND_COLOURS.c, width: 1}, hoverinfo: "skip", hovertemplate: null}),
       series("fewer steps, no cache", controls, {mode: "lines+markers", marker: {color: KIND_COLOURS.f, size: 8, symbol: "square"}, line: {color: KIND_COLOURS.f, dash: "dot"}}),
     ];
@@ -882,11 +891,11 @@ class Explorer {
   }
 
   /** Show a schedule: as the sliders would say it if they can, else as one edited by hand. */
-  load([kinds, cutoff]) {
+  load([kinds, cutoff, storage]) {
     if (!kinds.includes("r")) return;
     for (const interval of [2, 3, 4, 5, 6]) for (const [start, end] of [[this.state.config.start, this.state.config.end], [0.4, 0.95], [0, 1], [0.25, 0.95]])
-      if (fixedSchedule({interval, start, end}, kinds.length) === kinds) { this.set({config: {interval, cutoff, start, end}, edited: null}); return; }
-    this.set({config: {cutoff}, edited: kinds});
+      if (fixedSchedule({interval, start, end}, kinds.length) === kinds) { this.set({config: {interval, cutoff, start, end}, storage, edited: null}); return; }
+    this.set({config: {cutoff}, storage, edited: kinds});
   }
 
   // ------------------------------------------------------------ the address
@@ -916,6 +925,7 @@ class Explorer {
     number("end", 0, 1, false, config, "end");
     if (config.start > config.end) { changed.push(`start=${config.start} exceeds end=${config.end}; end is ${config.start}`); config.end = config.start; }
     if (given.has("step")) { const at = {step: 0}; number("step", 0, request.steps - 1, true, at, "step"); this.state.pinned = at.step; }
+    if (this.live) among("storage", ["latest", "extrapolated"], this.state);
     among("scale", Object.keys(SCALES), this.state);
     among("mode", Object.keys(MODES), this.state);
     if (given.has("s")) {
@@ -931,8 +941,8 @@ class Explorer {
   }
 
   settingsUrl() {
-    const url = new URL(location.href), {request, config, edited, pinned, scale, mode} = this.state;
-    const shown = {...request, n: config.interval, i: config.cutoff, start: config.start, end: config.end, s: edited, step: pinned,
+    const url = new URL(location.href), {request, config, edited, storage, pinned, scale, mode} = this.state;
+    const shown = {...request, n: config.interval, i: config.cutoff, start: config.start, end: config.end, s: edited, step: pinned, storage: storage === "latest" ? null : storage,
                    scale: scale === "cosine" ? null : scale, mode: mode === "wipe" ? null : mode};
     for (const [name, value] of Object.entries(shown)) if (value === null) url.searchParams.delete(name); else url.searchParams.set(name, value);
     return url.href;
@@ -956,7 +966,7 @@ class Explorer {
   /** What is exported: the setting and every figure. */
   facts() {
     const scene = this.scene, {picture, previews, ...run} = this.runOf(scene) || {};
-    return {request: this.state.request, model: this.state.model, num_blocks: this.blocks, machine: run.machine || scene?.machine, schedule: this.kinds, cutoff_block: this.cutoff, ...run,
+    return {request: this.state.request, model: this.state.model, num_blocks: this.blocks, machine: run.machine || scene?.machine, schedule: this.kinds, cutoff_block: this.cutoff, storage: this.state.storage, ...run,
             yardsticks: scene?.yardsticks, address: this.settingsUrl()};
   }
 
@@ -969,15 +979,16 @@ class Explorer {
   }
 
   do_python() {
-    const {request, config, edited} = this.state, text = JSON.stringify(request.prompt);
+    const {request, config, edited, storage} = this.state, text = JSON.stringify(request.prompt);
+    const rule = storage === "latest" ? "" : ", storage=Extrapolated()";
     const plan = edited ? `Schedule.parse("${edited}", cutoff_block=${config.cutoff})`
       : `ReuseConfig(reuse_interval=${config.interval}, cutoff_block=${config.cutoff}, window_start=${config.start}, window_end=${config.end})`;
     this.copy(`import torch
 
-from blockdance import ${edited ? "Schedule" : "ReuseConfig"}, accelerate, load_demo_pipeline
+from blockdance import ${rule ? "Extrapolated, " : ""}${edited ? "Schedule" : "ReuseConfig"}, accelerate, load_demo_pipeline
 
 pipe = load_demo_pipeline()
-with accelerate(pipe, ${plan}) as trace:
+with accelerate(pipe, ${plan}${rule}) as trace:
     image = pipe(${text}, num_inference_steps=${request.steps}, guidance_scale=${request.guidance}, generator=torch.Generator().manual_seed(${request.seed})).images[0]
 print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")
 `, "Python");
