@@ -124,6 +124,6 @@ def rule_named(name: object) -> StorageRule:
     Raises:
         ConfigError: no rule has that name.
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ConfigError(f"storage must be one of {', '.join(RULES)}, got {name!r}")
-    return RULES[str(name)]
+    return RULES[name]

@@ -156,6 +156,8 @@ def test_a_bad_order_is_a_toast_and_ends_the_waiting(handlers: Handlers, toasts:
         ({"cutoff_block": "9"}, "cutoff_block must be an integer of at least 0, got '9'."),
         ({"request": ORDER["request"] | {"steps": 1e9}}, "steps must be an integer in [1, 100], got 1000000000.0."),
         ({"request": None}, "a request needs prompt, seed, steps, guidance, sampler and a schedule, got "),
+        ({"storage": "psychic"}, "storage must be one of latest, extrapolated, got 'psychic'."),
+        ({"storage": ["latest"]}, "storage must be one of latest, extrapolated, got ['latest']."),
         ({"model": "../model"}, "model must be one of demo, "),
     ):
         *_, last = handlers.run(ORDER | change)

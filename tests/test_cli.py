@@ -141,6 +141,7 @@ def test_a_run_without_reuse_says_why_and_equals_the_baseline(
         (["apple", "--guidance", "0.5"], "guidance must be a number in [1, 20], got 0.5"),
         (["apple", "--guidance", "nan"], "guidance must be a number in [1, 20], got nan"),
         (["apple", "--sampler", "Euler"], "sampler must be one of DDIM, DPM-Solver++, Heun, got 'Euler'"),
+        (["apple", "--storage", "psychic"], "storage must be one of latest, extrapolated, got 'psychic'"),
         (["  "], "prompt must be a text that is not empty, got '  '"),
         (["apple", "--reuse-interval", "0"], "reuse_interval must be an integer of at least 1, got 0"),
         (["apple", "--cutoff-block", "-1"], "cutoff_block must be None or an integer of at least 0, got -1"),
