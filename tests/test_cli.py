@@ -26,7 +26,7 @@ KEYS = {
 }  # fmt: skip
 OPTIONS = [
     "--model", "--steps", "--seed", "--guidance", "--sampler", "--reuse-interval", "--cutoff-block", "--window-start",
-    "--window-end", "--out",
+    "--window-end", "--storage", "--out",
 ]  # fmt: skip
 
 

@@ -380,9 +380,7 @@ def test_measuring_properly_brings_medians_of_interleaved_rounds(page: Page) -> 
     expect(page.locator(".bd-numbers")).to_contain_text("medians of 5 interleaved rounds, quartiles")
 
 
-def test_the_python_to_copy_draws_what_the_page_shows(
-    server: Server, browser: Browser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_python_to_copy_draws_what_the_page_shows(server: Server, browser: Browser) -> None:
     page = opened(
         browser,
         f"{server.url}?prompt=tulip&steps=8&i=7&s=ffcrrcrf&storage=extrapolated",
