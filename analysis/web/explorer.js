@@ -149,7 +149,7 @@ const SKELETON = `
     <figure><canvas data-picture="control"></canvas><figcaption>Fewer steps</figcaption></figure>
     <figure><canvas data-picture="both" tabindex="0" role="slider" aria-label="Wipe between baseline and BlockDance"
       aria-valuemin="0" aria-valuemax="100"></canvas><figcaption class="bd-modes" role="group" aria-label="Compare by"></figcaption></figure>
-    <div class="bd-scrubber"><button data-do="play" aria-label="Play the steps">▶</button>
+    <div class="bd-scrubber"><button data-do="play" aria-label="Play the steps"><i></i></button>
       <input type="range" name="step" min="0" step="1" aria-label="Step shown"><output></output></div>
   </section>
   <section data-part="numbers" class="bd-numbers" aria-label="Numbers"><div></div><button data-do="measure" data-live>Measure properly</button></section>
@@ -544,7 +544,7 @@ class Explorer {
     scrubber.value = state.pinned ?? steps;
     const kind = step === null ? "" : `, ${KIND_NAMES[this.kinds[step]]}`;
     this.$(".bd-scrubber output").textContent = step === null ? "final picture" : `expected at step ${step} of ${steps}${kind}`;
-    this.$("[data-do=play]").textContent = this.playing ? "⏸" : "▶";
+    this.$("[data-do=play]").classList.toggle("playing", this.playing);
   }
 
   /** Draw a tile into a canvas; one that is not there leaves the old one, dimmed. */
