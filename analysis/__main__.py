@@ -6,22 +6,32 @@ from pathlib import Path
 
 import diffusers
 import transformers
+from accelerate import PartialState
+from tqdm import tqdm
 
 from analysis.architectures import ARCHITECTURES
 from analysis.atlas import ATLAS, CUTOFFS, INTERVALS, REQUESTS, ROUNDS, WINDOWS, build_atlas
 from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_bench
 from analysis.bench_app import STARTS
 from analysis.compare import COMPARE_RESULTS, compare, read_prompts
-from analysis.experiment import MAX_STEPS, Request
+from analysis.experiment import MAX_STEPS, Request, with_sampler
 from analysis.full_size import DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
 from analysis.metrics import perceptual_distance
+from analysis.optional_rivals import REQUIREMENTS, is_installed
 from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.rivals import METHODS
 from analysis.site import export_site
 from analysis.tables import BEGIN, END, render, update_readme
 from analysis.tables_compare import compare_figure, render_compare, update_compare
 from analysis.tables_full_size import render_full_size, update_full_size
-from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline
+from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline, own_profile
+from blockdance.demo import PROFILE_FILE
+from blockdance.storage import RULES
+
+PROFILE_PROMPTS = [
+    "rainbow", "wrapped gift", "koala", "fire engine", "hedgehog", "lollipop", "crab", "bus", "sunrise", "lion", "ambulance",
+    "rabbit face", "cookie", "shrimp", "train", "whale",
+]  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench(commands.add_parser("bench", help="measure speedup, overheads, cache and app, and write a results file"))
     add_compare(commands.add_parser("compare", help="compare BlockDance with what a user would pick instead"))
     add_atlas(commands.add_parser("atlas", help="compute the comparisons that the page ships with"))
+    add_profile(commands.add_parser("profile", help="measure what the planner must know of the model in the box"))
     add_site(commands.add_parser("export-site", help="write the explorer as a static site"))
     add_tables(commands.add_parser("tables", help="write the README's tables from a results file"))
     return parser
@@ -85,7 +96,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "each. What the results file has is not computed again."
     )
     parser.add_argument("--prompts", nargs="+", help="what to draw (default: the 64 of analysis/prompts.txt)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"among {', '.join(METHODS)} (default: all)")
+    parser.add_argument(
+        "--methods", nargs="+", help=f"among {', '.join(METHODS)} (default: all whose packages are installed; {REQUIREMENTS})"
+    )
     parser.add_argument("--steps", type=int, default=30, help=f"sampling steps, 1 to {MAX_STEPS} (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument(
@@ -106,6 +119,19 @@ def add_atlas(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=ATLAS, help="folder to write (default: assets/atlas)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="interleaved timing rounds (default: %(default)s)")
     parser.set_defaults(run=atlas)
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw prompts with the model in the box, plainly and with reuse here and there, and write what the planner must know "
+        "of it; about five minutes on two cores."
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", default=PROFILE_PROMPTS, help="what to draw (default: 16 that the comparison does not use)"
+    )
+    parser.add_argument("--steps", type=int, default=30, help=f"sampling steps, {MIN_STEPS} to {MAX_STEPS} (default: 30)")
+    parser.add_argument("--out", type=Path, default=PROFILE_FILE, help="file to write (default: assets/profile.json)")
+    parser.set_defaults(run=profile)
 
 
 def add_site(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +179,21 @@ def atlas(args: argparse.Namespace) -> None:
     print(f"written             {manifest} and its pictures, {size / 2**20:.1f} MiB")
 
 
+def profile(args: argparse.Namespace) -> None:
+    for prompt in args.prompts:
+        Request(prompt, steps=args.steps)
+    pipe = with_sampler(load_demo_pipeline(), Request.sampler)
+    with tqdm(desc="profile", unit="run") as bar:
+
+        def on_run(finished: int, runs: int) -> None:
+            bar.total = runs
+            bar.update()
+
+        found = own_profile(pipe, args.prompts, steps=args.steps, rules=list(RULES.values()), on_run=on_run)
+    found.save(args.out)
+    print(f"written             {args.out}, {args.out.stat().st_size / 1024:.0f} KiB")
+
+
 def site(args: argparse.Namespace) -> None:
     size = export_site(args.folder)
     print(f"written             {args.folder}, {size / 2**20:.1f} MiB; try `python -m http.server --directory {args.folder}`")
@@ -179,7 +220,11 @@ def bench_full_size(args: argparse.Namespace) -> None:
 def run_compare(args: argparse.Namespace) -> None:
     requests = [Request(prompt, args.seed, args.steps) for prompt in args.prompts or read_prompts()]
     out = COMPARE_RESULTS if args.out == COMPARE_RESULTS.parent else args.out / "results.jsonl"
-    everything = compare(load_demo_pipeline(), requests, args.methods, perceptual_distance(), out)
+    names = args.methods or [name for name, method in METHODS.items() if is_installed(method.package)]
+    processes = PartialState()
+    everything = compare(load_demo_pipeline().to(processes.device), requests, names, perceptual_distance(), out)
+    if not processes.is_main_process:
+        return
     lines = [line for line in everything if line["steps"] == args.steps]
     print(render_compare(lines, str(out)))
     curves = args.out / "curves.html"

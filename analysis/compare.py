@@ -1,18 +1,22 @@
 """One harness for BlockDance and what a user would pick instead: same model, prompts, seeds, sampler and steps."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.experiment import Request, sample, with_sampler
+from analysis.memory import peak_bytes
 from analysis.metrics import PerceptualDistance, difference
+from analysis.optional_rivals import check_installed
 from analysis.pictures import Picture
 from analysis.records import RESULTS, BenchError, Record, provenance, read_records
 from analysis.rivals import METHODS, Method
@@ -98,6 +102,8 @@ def compare(
 ) -> list[Record]:
     """Draw every request with every method at every setting, and write one line for each; what the file has is kept.
 
+    Under `accelerate launch` the requests are shared out among the processes, and the first one writes.
+
     Args:
         pipe: the pipeline.
         requests: they differ in prompt and seed alone.
@@ -114,8 +120,12 @@ def compare(
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise BenchError(f"methods must be among {', '.join(METHODS)}, got {unknown[0]!r}")
+    for name in names:
+        check_installed(METHODS[name].package)
+    processes = PartialState()
     view = with_sampler(pipe, requests[0].sampler)
     lines = read_records(out) if out.exists() else []
+    processes.wait_for_everyone()
     known = {tuple(line[name] for name in KEY) for line in lines}
     settings = [(name, knob) for name in names for knob in METHODS[name].sweep]
     missing = {
@@ -123,19 +133,34 @@ def compare(
         for request in requests
         if (left := [(name, knob) for name, knob in settings if key_of(request, name, knob) not in known])
     }
-    if missing:
-        check_methods(view, requests[0], sorted({name for left in missing.values() for name, _ in left}))
+    if not missing:
+        return lines
+    wanted = list(dict.fromkeys(setting for left in missing.values() for setting in left))
+    check_methods(view, requests[0], sorted({name for name, _ in wanted}))
+    peaks = {(name, knob): peak_of(view, requests[0], name, knob) for name, knob in wanted}
+    todo = [(request, left if turn % 2 else left[::-1]) for turn, (request, left) in enumerate(missing.items())]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a") as file:
-        for turn, (request, left) in enumerate(tqdm(missing.items(), desc="compare", unit="prompt")):
-            for line in compare_one(view, request, left if turn % 2 else left[::-1], distance):
-                file.write(json.dumps(line) + "\n")
-                lines.append(line)
-            file.flush()
+    with tqdm(total=len(todo), desc="compare", unit="prompt", disable=not processes.is_main_process) as bar:
+        for first in range(0, len(todo), processes.num_processes):
+            together = todo[first : first + processes.num_processes]
+            mine = together[processes.process_index : processes.process_index + 1]
+            fresh = gather_object([line for one in mine for line in compare_one(view, *one, distance, peaks)])
+            lines += fresh
+            if processes.is_main_process:
+                with out.open("a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in fresh)
+            bar.update(len(together))
     return lines
 
 
-def compare_one(pipe: Any, request: Request, settings: Sequence[Setting], distance: PerceptualDistance) -> list[Record]:
+def peak_of(pipe: Any, request: Request, name: str, knob: str) -> int:
+    """The most bytes that tensors of one run take; it does not depend on the prompt."""
+    return peak_bytes(lambda: draw(pipe, request, METHODS[name], knob))
+
+
+def compare_one(
+    pipe: Any, request: Request, settings: Sequence[Setting], distance: PerceptualDistance, peaks: Mapping[Setting, int]
+) -> list[Record]:
     """The lines of one request: pictures and costs first, then every setting and the baseline timed in one round."""
     baseline, whole = draw_counted(pipe, request)
     drawn = {(name, knob): draw_counted(pipe, request, METHODS[name], knob) for name, knob in settings}
@@ -158,6 +183,7 @@ def compare_one(pipe: Any, request: Request, settings: Sequence[Setting], distan
             "speedup_ideal": whole / macs,
             "macs": macs,
             "block_evaluations": macs / per_block,
+            "peak_bytes": peaks[name, knob],
         }
         for (name, knob), (picture, macs) in drawn.items()
     ]

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import (
@@ -18,19 +17,17 @@ from diffusers import (
 )
 from torch import Tensor
 
+from analysis.calibration import Calibration
 from analysis.experiment import Request, plan, sample
-from blockdance import Extrapolated, ReuseConfig, accelerate
+from analysis.optional_rivals import cache_dit_mask, cache_dit_threshold, output_errors, smooth_cache
+from blockdance import Extrapolated, ReuseConfig, accelerate, load_demo_profile
 from blockdance.accelerate import PAPER
+from blockdance.plan import plan as make_plan
 from blockdance.scheduled import depth_of
 from blockdance.storage import Residual, StorageRule
 
 ATTENTION_AND_MLP = [r"transformer_blocks\.\d+\.(attn1|attn2|ff)"]
 """What TaylorSeer predicts; its own default matches nothing in DiT and PixArt."""
-
-CALIBRATION_PROMPT = "red apple"
-CALIBRATION_SEED = 1000
-CALIBRATED: WeakKeyDictionary[Any, dict[Request, list[float]]] = WeakKeyDictionary()
-"""MagCache's ratios, by transformer and request."""
 
 Applied = Callable[[Any, Request, str], AbstractContextManager[Any]]
 
@@ -47,6 +44,8 @@ class Method:
     steps: Callable[[Request, str], int] = lambda request, _: request.steps
     prepare: Callable[[Any, Request], object] | None = None
     """What is done once for a model and a request, outside of any measurement."""
+    package: str | None = None
+    """What must be installed for it, beyond requirements.txt."""
 
 
 def with_caches(cls: type) -> type:
@@ -130,17 +129,8 @@ def pyramid_attention_broadcast(pipe: Any, request: Request, knob: str) -> Itera
 
 def mag_cache(pipe: Any, request: Request, knob: str) -> AbstractContextManager[Any]:
     """`threshold` on the accumulated change of the residual's magnitude, which is calibrated once, on one prompt."""
-    ratios = calibrated(pipe, request)
+    ratios = MAGNITUDE_RATIOS(pipe, request)
     return cached(pipe, MagCacheConfig(threshold=float(knob), num_inference_steps=request.steps, mag_ratios=ratios))
-
-
-def calibrated(pipe: Any, request: Request) -> list[float]:
-    """MagCache's ratios for this model and request, from one run with another prompt, remembered."""
-    known = CALIBRATED.setdefault(pipe.transformer, {})
-    key = replace(request, prompt=CALIBRATION_PROMPT, seed=CALIBRATION_SEED)
-    if key not in known:
-        known[key] = magnitude_ratios(pipe, key)
-    return known[key]
 
 
 def magnitude_ratios(pipe: Any, request: Request) -> list[float]:
@@ -157,6 +147,21 @@ def magnitude_ratios(pipe: Any, request: Request) -> list[float]:
         hook.remove()
     lengths = [residual.norm(dim=-1) for residual in residuals]
     return [1.0] + [float((now / before).mean()) for before, now in pairwise(lengths)]
+
+
+MAGNITUDE_RATIOS = Calibration(magnitude_ratios)
+OUTPUT_ERRORS = Calibration(output_errors)
+
+
+def calibrated_smooth_cache(pipe: Any, request: Request, knob: str) -> AbstractContextManager[Any]:
+    """`threshold` on how far an output is from that of the last computed step, by kind of output."""
+    return smooth_cache(pipe, OUTPUT_ERRORS(pipe, request), float(knob))
+
+
+def planned(pipe: Any, request: Request, knob: str, storage: StorageRule = PAPER) -> AbstractContextManager[Any]:
+    """`speedup`, ideal, that the planner is asked for; the model in the box alone has a profile to plan with."""
+    found = make_plan(profile=load_demo_profile(), target_speedup=float(knob), steps=request.steps, storage=storage)
+    return accelerate(pipe, found.schedule, storage=storage)
 
 
 def extrapolated_with_fewer_steps(pipe: Any, request: Request, knob: str) -> AbstractContextManager[Any]:
@@ -196,9 +201,29 @@ METHODS = {
     "blockdance-residual": Method(
         BLOCKDANCE_KNOB, ("2,12,0.4", "2,12,0.25", "3,12,0.25"), partial(block_dance, storage=Residual())
     ),
+    "blockdance-planned": Method("asked speedup", ("1.32", "1.75", "2.3"), planned),
+    "blockdance-planned-extrapolated": Method(
+        "asked speedup",
+        ("1.32", "1.55", "1.82", "2.05", "2.3", "2.7"),
+        partial(planned, storage=Extrapolated()),
+    ),
     "first-block-cache": Method("threshold", ("0.03", "0.05", "0.08", "0.12", "0.2"), first_block_cache),
     "taylorseer": Method("interval, order", ("2,0", "2,1", "3,1", "3,2", "4,1"), taylorseer),
     "pab": Method("range", ("2", "3", "5"), pyramid_attention_broadcast),
-    "magcache": Method("threshold", ("0.02", "0.06", "0.15"), mag_cache, prepare=calibrated),
+    "magcache": Method("threshold", ("0.02", "0.06", "0.15"), mag_cache, prepare=MAGNITUDE_RATIOS),
+    "cache-dit": Method(
+        "threshold, warm-up of 30",
+        ("0.03,3", "0.05,3", "0.08,3", "0.12,3", "0.2,3"),
+        cache_dit_threshold,
+        package="cache_dit",
+    ),
+    "cache-dit-mask": Method("mask", ("slow", "medium", "fast", "ultra"), cache_dit_mask, package="cache_dit"),
+    "smoothcache": Method(
+        "threshold",
+        ("0.03", "0.05", "0.1", "0.15"),
+        calibrated_smooth_cache,
+        prepare=OUTPUT_ERRORS,
+        package="SmoothCache",
+    ),
 }
 """By the names of the command line; each sweep goes from gentle to strong."""

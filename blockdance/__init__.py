@@ -6,10 +6,12 @@ with accelerate(pipe, ReuseConfig(reuse_interval=2)) as trace:
 
 from blockdance.accelerate import accelerate
 from blockdance.apply import Applied, BlockDanceConfig, apply_block_dance
-from blockdance.demo import load_demo_pipeline
+from blockdance.demo import load_demo_pipeline, load_demo_profile
 from blockdance.errors import BlockDanceError, ConfigError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.integrate import integrate
 from blockdance.observe import Observation, observe
+from blockdance.plan import Plan, own_profile, plan
+from blockdance.profile import Profile
 from blockdance.replay import Recording, record
 from blockdance.schedule import MIN_STEPS, ReuseConfig, Schedule, StepKind, fixed_schedule
 from blockdance.storage import Extrapolated
@@ -26,6 +28,8 @@ __all__ = [
     "Extrapolated",
     "Observation",
     "OnStep",
+    "Plan",
+    "Profile",
     "Recording",
     "ReuseConfig",
     "Schedule",
@@ -40,6 +44,9 @@ __all__ = [
     "fixed_schedule",
     "integrate",
     "load_demo_pipeline",
+    "load_demo_profile",
     "observe",
+    "own_profile",
+    "plan",
     "record",
 ]

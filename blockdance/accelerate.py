@@ -27,7 +27,8 @@ class Reuser(Part):
         self.trace = trace
         self.replay = replay
         self.storage = storage
-        self.stored: dict[int, list[Kept]] = {}
+        self.stored: dict[int, dict[int, list[Kept]]] = {}
+        """By guidance branch and block."""
         self.schedule = Schedule.dense(1)
         self._from_step = 0
         """Steps before this one leave nothing behind, and may be replayed."""
@@ -41,6 +42,7 @@ class Reuser(Part):
         self.schedule = schedule_for(self.plan, session.num_steps, session.num_blocks)
         looks_back = 0 if self.schedule.first_reuse is None else self.storage.points - 1
         self._from_step = self.schedule.shared_prefix - looks_back
+        self._kept_at = [self.schedule.blocks_kept_at(step, self.storage.points) for step in range(session.num_steps)]
         self.trace.schedule = self.schedule
         self.trace.note = self.plan.why_dense(session.num_steps) if isinstance(self.plan, ReuseConfig) else None
 
@@ -63,21 +65,23 @@ class Reuser(Part):
         block = self._session.blocks[index]
         if call is not self._call:
             self._enter(call, block.inputs(args, kwargs))
-        if call.kind is not StepKind.REUSE or index > self.schedule.cutoff_block:
+        cutoff = self.schedule.cutoff_at(call.step)
+        if call.kind is not StepKind.REUSE or index > cutoff:
             return None
-        if index == self.schedule.cutoff_block:
-            return self.storage.outputs_at(_position(call), self.stored[call.branch], self._inputs)
+        if index == cutoff:
+            return self.storage.outputs_at(_position(call), self.stored[call.branch][index], self._inputs)
         return block.inputs(args, kwargs)
 
     def after_block(self, call: ModelCall, index: int, outputs: Streams) -> None:
-        if index != self.schedule.cutoff_block or not self._is_kept(call):
+        if index not in self._kept_at[call.step] or not self._is_kept(call):
             return
         inputs = self._inputs if self.storage.wants_inputs else None
         fresh = Kept(_position(call), self._entry, inputs, _cloned(outputs))
-        before = [kept for kept in self.stored.get(call.branch, []) if kept.entry == fresh.entry]
+        stored = self.stored.setdefault(call.branch, {})
+        before = [kept for kept in stored.get(index, []) if kept.entry == fresh.entry]
         earlier = [kept for kept in before if kept.position < fresh.position]
-        self.stored[call.branch] = [*earlier, fresh][-self.storage.points :]
-        held = sum(kept.nbytes for branch in self.stored.values() for kept in branch)
+        stored[index] = [*earlier, fresh][-self.storage.points :]
+        held = sum(kept.nbytes for blocks in self.stored.values() for several in blocks.values() for kept in several)
         self.trace.cache_bytes = max(self.trace.cache_bytes, held)
 
     def _enter(self, call: ModelCall, inputs: Streams) -> None:
@@ -87,6 +91,10 @@ class Reuser(Part):
             self._inputs = _cloned(inputs)
         if call.kind is StepKind.REUSE and not self._fits(call):
             call.kind = StepKind.CACHE
+        if call.kind is StepKind.CACHE:
+            stored = self.stored.get(call.branch, {})
+            for block in stored.keys() - self._kept_at[call.step]:
+                del stored[block]
 
     def _is_kept(self, call: ModelCall) -> bool:
         """A cache step, or one of the full steps just before the first that a rule of several points looks back to."""
@@ -94,7 +102,7 @@ class Reuser(Part):
         return call.kind is StepKind.CACHE or (call.kind is StepKind.FULL and looked_back_to)
 
     def _fits(self, call: ModelCall) -> bool:
-        kept = self.stored.get(call.branch)
+        kept = self.stored.get(call.branch, {}).get(self.schedule.cutoff_at(call.step))
         return kept is not None and kept[-1].entry == self._entry
 
 

@@ -7,8 +7,10 @@ import torch
 from diffusers import PixArtAlphaPipeline
 
 from blockdance.errors import UnsupportedModelError
+from blockdance.profile import Profile
 
 MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "model"
+PROFILE_FILE = MODEL_FOLDER.with_name("profile.json")
 MAX_WORDS = 16
 
 
@@ -51,3 +53,8 @@ def load_demo_pipeline(folder: Path | str = MODEL_FOLDER) -> DemoPipeline:
     pipe = DemoPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_demo_profile() -> Profile:
+    """What the planner knows of the model in the box; `python -m analysis profile` measured it."""
+    return Profile.load(PROFILE_FILE)

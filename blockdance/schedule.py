@@ -1,6 +1,7 @@
 """What each step shall do. Pure Python: a schedule is data, and everything that decides produces one."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -66,6 +67,8 @@ class ReuseConfig:
 class Schedule:
     """One kind per step, in sampling order, and the block whose output is reused. Prints as `ffffcrcrf`.
 
+    Reuse steps may differ in that block, as in `ffffcr9cr12f`; `with_cutoffs` makes such a schedule.
+
     Raises:
         ScheduleError: empty, a negative cutoff, or a reuse step with no cache step before it.
     """
@@ -73,7 +76,9 @@ class Schedule:
     kinds: tuple[StepKind, ...]
     """What each step does; index 0 is the noisiest step."""
     cutoff_block: int
-    """The paper's i, inclusive: blocks 0..i are skipped on reuse steps."""
+    """The paper's i, inclusive: blocks 0..i are skipped on reuse steps. The deepest, if they differ."""
+    cutoffs: tuple[int, ...] = ()
+    """The cutoff block of every step, if reuse steps differ in it; at other steps it means nothing."""
 
     def __post_init__(self) -> None:
         if not self.kinds:
@@ -83,14 +88,42 @@ class Schedule:
         reuse = self.first_reuse
         if reuse is not None and StepKind.CACHE not in self.kinds[:reuse]:
             raise ScheduleError(f"step {reuse} reuses but no step before it caches, in {self}")
+        if self.cutoffs:
+            self._check_cutoffs()
+
+    def _check_cutoffs(self) -> None:
+        if len(self.cutoffs) != len(self.kinds):
+            raise ScheduleError(f"cutoffs must hold one block for each of {len(self)} steps, got {len(self.cutoffs)}")
+        strange = [cutoff for cutoff in self.cutoffs if not _is_integer(cutoff) or not 0 <= cutoff <= self.cutoff_block]
+        if strange:
+            raise ScheduleError(f"cutoffs must be integers in [0, {self.cutoff_block}], the cutoff_block, got {strange[0]!r}")
 
     @classmethod
     def parse(cls, text: str, cutoff_block: int) -> "Schedule":
-        """The inverse of `str`: `Schedule.parse("ffffcrcrf", cutoff_block=20)`."""
-        strange = sorted(set(text) - {kind.value for kind in StepKind})
+        """The inverse of `str`: `Schedule.parse("ffffcrcrf", cutoff_block=20)`; an `r` may be followed by its own block."""
+        strange = re.sub(r"[fc]|r\d*", "", text)
         if strange:
             raise ScheduleError(f"a schedule is written with the letters f, c and r, got {strange[0]!r} in {text!r}")
-        return cls(tuple(StepKind(letter) for letter in text), cutoff_block)
+        steps: list[tuple[str, str]] = re.findall(r"([fcr])(\d*)", text)
+        kinds = tuple(StepKind(letter) for letter, _ in steps)
+        if not any(block for _, block in steps):
+            return cls(kinds, cutoff_block)
+        return cls.with_cutoffs(kinds, [int(block or cutoff_block) for _, block in steps])
+
+    @classmethod
+    def with_cutoffs(cls, kinds: Sequence[StepKind], cutoffs: Sequence[int]) -> "Schedule":
+        """A schedule whose reuse steps skip blocks up to a block of their own.
+
+        Args:
+            kinds: one per step.
+            cutoffs: block i of every step; what it says of other than reuse steps does not matter.
+        """
+        reused = [cutoff for kind, cutoff in zip(kinds, cutoffs, strict=True) if kind is StepKind.REUSE]
+        if len(set(reused)) <= 1:
+            return cls(tuple(kinds), reused[0] if reused else 0)
+        deepest = max(reused)
+        ours = [cutoff if kind is StepKind.REUSE else deepest for kind, cutoff in zip(kinds, cutoffs, strict=True)]
+        return cls(tuple(kinds), deepest, tuple(ours))
 
     @classmethod
     def dense(cls, num_steps: int) -> "Schedule":
@@ -98,7 +131,8 @@ class Schedule:
         return cls((StepKind.FULL,) * num_steps, cutoff_block=0)
 
     def __str__(self) -> str:
-        return "".join(kind.value for kind in self.kinds)
+        blocks = [str(cutoff) if kind is StepKind.REUSE else "" for kind, cutoff in zip(self.kinds, self.cutoffs, strict=False)]
+        return "".join(kind.value + block for kind, block in zip(self.kinds, blocks or [""] * len(self), strict=True))
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -122,9 +156,24 @@ class Schedule:
             return len(self)
         return max(step for step in range(reuse) if self.kinds[step] is StepKind.CACHE)
 
+    def cutoff_at(self, step: int) -> int:
+        """Block i of a reuse step."""
+        return self.cutoffs[step] if self.cutoffs else self.cutoff_block
+
+    def blocks_kept_at(self, step: int, points: int = 1) -> frozenset[int]:
+        """The blocks whose output at `step` later reuse steps start from, if each looks back to `points` cache steps."""
+        found, caches = set(), 0
+        for later in range(step + 1, len(self)):
+            if self.kinds[later] is StepKind.REUSE:
+                found.add(self.cutoff_at(later))
+            caches += self.kinds[later] is StepKind.CACHE
+            if caches == points:
+                break
+        return frozenset(found)
+
     def blocks_at(self, step: int, num_blocks: int) -> int:
         """How many of `num_blocks` blocks run at `step`."""
-        return num_blocks - self.cutoff_block - 1 if self.kinds[step] is StepKind.REUSE else num_blocks
+        return num_blocks - self.cutoff_at(step) - 1 if self.kinds[step] is StepKind.REUSE else num_blocks
 
     def block_evaluations(self, num_blocks: int) -> int:
         """Blocks run over all steps, for one model call per step."""

@@ -21,6 +21,7 @@ from blockdance import ReuseConfig, load_demo_pipeline
 from blockdance.demo import DemoPipeline
 
 REQUEST = Request("octopus", steps=12)
+SETTINGS = [("blockdance", "2,9,0.4"), ("fewer-steps", "15")]
 KEYS = {
     "method", "knob", "prompt", "seed", "steps", "lpips", "ssim", "psnr", "seconds", "speedup_measured", "speedup_ideal",
     "block_evaluations",
@@ -68,7 +69,7 @@ def test_a_method_that_does_not_work_is_found_out(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_runs_is_what_is_counted(pipe: DemoPipeline) -> None:
-    lines = compare_one(pipe, REQUEST, [("blockdance", "2,9,0.4"), ("fewer-steps", "15")], shift_tolerant_lpips())
+    lines = compare_one(pipe, REQUEST, SETTINGS, shift_tolerant_lpips(), dict.fromkeys(SETTINGS, 0))
     schedule = plan(ReuseConfig(2, 9, 0.4, 0.95), REQUEST, 14)
     assert [line["block_evaluations"] for line in lines] == [schedule.block_evaluations(14), 6 * 14]
     assert [line["speedup_ideal"] for line in lines] == pytest.approx([schedule.ideal_speedup(14), 2.0])

@@ -544,7 +544,7 @@ class Explorer {
     scrubber.value = state.pinned ?? steps;
     const kind = step === null ? "" : `, ${KIND_NAMES[this.kinds[step]]}`;
     this.$(".bd-scrubber output").textContent = step === null ? "final picture" : `expected at step ${step} of ${steps}${kind}`;
-    this.$("[data-do=play]").classList.toggle("playing", this.playing);
+    this.$("[data-do=play]").classList.toggle("playing", Boolean(this.playing));
   }
 
   /** Draw a tile into a canvas; one that is not there leaves the old one, dimmed. */

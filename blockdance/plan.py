@@ -1,0 +1,179 @@
+"""A schedule for a goal, from what a profile knows of the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blockdance.accelerate import PAPER
+from blockdance.errors import ConfigError
+from blockdance.frontier import Frontier
+from blockdance.measure import Distance, OnRun, Pixels, measure_profile
+from blockdance.profile import Profile
+from blockdance.schedule import Schedule
+from blockdance.storage import StorageRule
+
+QUANTILES = (0.05, 0.95)
+"""Of the predicted distance, over pictures."""
+SMALLEST_DISTANCE = 1e-7
+"""Pictures nearer than this count as this near: little is left of a difference when they are rounded to 8 bits."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule that was planned, and what is predicted of it."""
+
+    schedule: Schedule
+    storage: StorageRule
+    """To be given to `accelerate` with the schedule."""
+    speedup_ideal: float
+    """From exact block counts."""
+    predicted: float
+    """The distance from the baseline's picture, as the profile names it, of the middle picture."""
+    interval: tuple[float, float]
+    """Of nine pictures out of ten."""
+    distance: str
+    """The name of that distance."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """From the expected change to the distance: a power law through a profile's outcomes, with their spread."""
+
+    slope: float
+    offset: float
+    low: float
+    high: float
+    """Factors of the interval, as logarithms."""
+
+    @classmethod
+    def fitted(cls, outcomes: Sequence[tuple[float, float]]) -> "Prediction":
+        change, distance = np.log(np.maximum(np.array(outcomes).T, SMALLEST_DISTANCE))
+        slope, offset = np.polyfit(change, distance, 1)
+        low, high = np.quantile(distance - (slope * change + offset), QUANTILES)
+        return cls(float(slope), float(offset), float(low), float(high))
+
+    def __call__(self, change: NDArray[np.float64] | float) -> tuple[Any, Any, Any]:
+        """The distance expected, and the ends of its interval."""
+        middle = self.slope * np.log(np.maximum(change, SMALLEST_DISTANCE)) + self.offset
+        return np.exp(middle), np.exp(middle + self.low), np.exp(middle + self.high)
+
+
+def plan(
+    pipe: Any = None,
+    *,
+    target_speedup: float | None = None,
+    max_lpips: float | None = None,
+    prompts: Sequence[Any] = (),
+    steps: int = 30,
+    storage: StorageRule = PAPER,
+    profile: Profile | None = None,
+    call: dict[str, Any] | None = None,
+    on_run: OnRun | None = None,
+) -> Plan:
+    """A schedule for a goal, which need not be regular and may reuse up to another block on every step.
+
+    Without a profile one is measured first, which takes about 35 runs per prompt; `own_profile` makes one to keep.
+
+    Args:
+        pipe: a diffusers pipeline with a supported transformer; not needed with a profile.
+        target_speedup: the ideal speedup to reach with the least difference, above 1; this or `max_lpips`.
+        max_lpips: reuse as much as keeps the difference of nineteen pictures out of twenty below this, above 0.
+        prompts: a few typical ones, for the profile: texts, or dictionaries of the pipeline's arguments.
+        steps: sampling steps of the run.
+        storage: what reuse steps will start from: `Latest()`, the paper's, or `Extrapolated()`.
+        profile: one that was measured before, with any number of steps.
+        call: further arguments of the pipeline's call, for the profile.
+        on_run: called with (finished runs, number of runs) while a profile is measured.
+
+    Raises:
+        ConfigError: not one goal, or one that cannot be reached; the message names the nearest that can.
+    """
+    if (target_speedup is None) == (max_lpips is None):
+        raise ConfigError(f"give one goal, target_speedup or max_lpips, got {target_speedup!r} and {max_lpips!r}")
+    if profile is None:
+        profile = own_profile(pipe, prompts, steps=steps, rules=[storage], call=call, on_run=on_run)
+    if repr(storage) not in profile.outcomes:
+        raise ConfigError(f"storage must be a rule the profile knows ({', '.join(profile.outcomes)}), got {storage!r}")
+    predict = Prediction.fitted(profile.outcomes[repr(storage)])
+    frontier = Frontier(profile.expected(steps), steps, profile.num_blocks, storage)
+    if target_speedup is not None:
+        saved = saved_for_speedup(target_speedup, steps * profile.num_blocks, frontier.most)
+    else:
+        saved = saved_for_distance(max_lpips, predict(frontier.changes[: frontier.most + 1])[2])
+    schedule = frontier.schedule(saved)
+    middle, low, high = (float(value) for value in predict(frontier.changes[saved]))
+    return Plan(schedule, storage, schedule.ideal_speedup(profile.num_blocks), middle, (low, high), profile.distance)
+
+
+def saved_for_speedup(target: Any, total: int, most: int) -> int:
+    """Block evaluations to save.
+
+    Raises:
+        ConfigError: a target that is no number above 1, or beyond reach.
+    """
+    fastest = total / (total - most)
+    if not is_number(target) or not 1 < target <= fastest:
+        raise ConfigError(f"target_speedup must be above 1 and at most {fastest:.2f} with this model and steps, got {target!r}")
+    return int(np.ceil(total * (1 - 1 / target) - 1e-9))
+
+
+def saved_for_distance(goal: Any, highs: NDArray[np.float64]) -> int:
+    """The most block evaluations whose predicted distance stays below the goal.
+
+    Raises:
+        ConfigError: a goal that is no number, or below what a single reuse step may do.
+    """
+    least = float(highs[1])
+    if not is_number(goal) or not goal >= least:
+        raise ConfigError(f"max_lpips must be at least {least:.2g}, which a single reuse step may cost here, got {goal!r}")
+    return int(np.flatnonzero(highs <= goal)[-1])
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def own_profile(
+    pipe: Any,
+    prompts: Sequence[Any],
+    *,
+    steps: int = 30,
+    rules: Sequence[StorageRule] = (PAPER,),
+    call: dict[str, Any] | None = None,
+    distance: Distance | None = None,
+    distance_name: str = "distance",
+    on_run: OnRun | None = None,
+) -> Profile:
+    """Measure a profile with the pipeline's own call, from the noise of seed 0; by default with LPIPS.
+
+    Args:
+        pipe: a diffusers pipeline with a supported transformer.
+        prompts: a few typical ones: texts, or dictionaries of the pipeline's arguments.
+        steps: sampling steps.
+        rules: storage rules to plan for later.
+        call: further arguments of the pipeline's call.
+        distance: of two uint8 pictures.
+        distance_name: what to call it.
+        on_run: called with (finished runs, number of runs).
+
+    Raises:
+        ConfigError: no prompts, or fewer than four steps.
+        UnsupportedModelError: the pipeline's transformer or scheduler is not supported.
+    """
+    if distance is None:
+        from analysis.metrics import difference, perceptual_distance
+
+        lpips = perceptual_distance()
+        distance, distance_name = lambda ours, theirs: difference(ours, theirs, lpips)["lpips"], lpips.name
+
+    def draw(prompt: Any) -> Pixels:
+        asked = {"num_inference_steps": steps, "output_type": "np"} | (call or {})
+        asked |= prompt if isinstance(prompt, dict) else {"prompt": prompt}
+        output = pipe(**asked, generator=torch.Generator().manual_seed(0))
+        return np.asarray(output.frames[0] if hasattr(output, "frames") else output.images[0])
+
+    return measure_profile(pipe, prompts, draw, distance, distance_name, rules, on_run)
