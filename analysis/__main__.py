@@ -13,6 +13,7 @@ from analysis.architectures import ARCHITECTURES
 from analysis.atlas import ATLAS, CUTOFFS, INTERVALS, REQUESTS, ROUNDS, WINDOWS, build_atlas
 from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_bench
 from analysis.bench_app import STARTS
+from analysis.browser import write_png
 from analysis.compare import COMPARE_RESULTS, compare, read_prompts
 from analysis.experiment import MAX_STEPS, Request, with_sampler
 from analysis.full_size import DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
@@ -22,7 +23,7 @@ from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.rivals import METHODS
 from analysis.site import export_site
 from analysis.tables import BEGIN, END, render, update_readme
-from analysis.tables_compare import compare_figure, render_compare, update_compare
+from analysis.tables_compare import CURVES, compare_figure, render_compare, update_compare, write_curves
 from analysis.tables_full_size import render_full_size, update_full_size
 from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline, own_profile
 from blockdance.demo import PROFILE_FILE
@@ -105,7 +106,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=COMPARE_RESULTS.parent,
-        help="folder for results.jsonl and curves.html (default: assets/results, where the file is compare.jsonl)",
+        help="folder for results.jsonl, curves.html and curves.png (default: assets/results, where the file is compare.jsonl)",
     )
     parser.set_defaults(run=run_compare)
 
@@ -227,9 +228,9 @@ def run_compare(args: argparse.Namespace) -> None:
         return
     lines = [line for line in everything if line["steps"] == args.steps]
     print(render_compare(lines, str(out)))
-    curves = args.out / "curves.html"
     if out != COMPARE_RESULTS:
-        compare_figure(lines).write_html(curves, include_plotlyjs=True)
+        compare_figure(lines).write_html(args.out / "curves.html", include_plotlyjs=True)
+        write_png(compare_figure(lines), args.out / "curves.png", 900, 640)
     print(f"\nwritten             {out}")
 
 
@@ -237,6 +238,9 @@ def tables(args: argparse.Namespace) -> None:
     update_readme(args.readme, read_records(args.results), args.results)
     if args.compare.exists():
         update_compare(args.readme, read_records(args.compare), args.compare)
+        if args.compare == COMPARE_RESULTS:
+            write_curves(CURVES, read_records(args.compare))
+            write_png(compare_figure(read_records(args.compare)), args.compare.with_name("curves.png"), 1300, 640)
     if args.full_size.exists():
         update_full_size(args.readme, read_records(args.full_size), args.full_size)
     print(f"written             {args.readme}")

@@ -22,7 +22,8 @@ class Calibration(Generic[Found]):
 
     def __call__(self, pipe: Any, request: Request) -> Found:
         known = self._known.setdefault(pipe.transformer, {})
-        key = replace(request, prompt=PROMPT, seed=SEED)
+        labels = getattr(pipe, "labels", None)
+        key = replace(request, prompt=next(iter(labels)) if labels else PROMPT, seed=SEED)
         if key not in known:
             known[key] = self._measure(pipe, key)
         return known[key]

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from analysis.experiment import Request, sample
 from analysis.records import BenchError
+from analysis.restoring import restored
 
 REQUIREMENTS = "analysis/requirements-rivals.txt"
 COMPONENTS = ("attn1", "attn2", "ff")
-"""The parts of a block that SmoothCache keeps apart."""
+"""The parts of a block that SmoothCache keeps apart, where a model has them."""
 
 
 def is_installed(package: str | None) -> bool:
@@ -37,29 +38,16 @@ def cache_dit(pipe: Any, **config: Any) -> Iterator[None]:
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     import cache_dit
 
-    transformer, cls = pipe.transformer, type(pipe)
-    blocks = transformer.transformer_blocks
-    before = [(module, dict(vars(module))) for module in (pipe, transformer, blocks, *blocks)]
-    children = dict(transformer._modules)
-    pipe.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
-    try:
-        adapter = cache_dit.BlockAdapter(
-            pipe=pipe,
-            transformer=transformer,
-            blocks=blocks,
-            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
-            has_separate_cfg=False,
-        )
-        cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(**config))
-        yield
-        cache_dit.disable_cache(adapter)
-    finally:
-        pipe.__class__ = cls
-        for module, state in before:
-            vars(module).clear()
-            vars(module).update(state)
-        transformer._modules.clear()  # they are there, in another order
-        transformer._modules.update(children)
+    cls = type(pipe)
+    known_as = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+    with restored(pipe):
+        pipe.__class__ = type(known_as, (cls,), {"__module__": cls.__module__})
+        try:
+            cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**config))
+            yield
+            cache_dit.disable_cache(pipe)
+        finally:
+            pipe.__class__ = cls
 
 
 def cache_dit_threshold(pipe: Any, request: Request, knob: str) -> Any:
@@ -97,16 +85,11 @@ def smooth_cache(pipe: Any, errors: Mapping[str, Tensor], threshold: float) -> I
     with redirect_stdout(StringIO()):
         from SmoothCache import SmoothCacheHelper, smooth_cache_helper
     schedule = {name: smooth_schedule(of_part, threshold) for name, of_part in errors.items()}
-    helper = SmoothCacheHelper(pipe.transformer, BasicTransformerBlock, list(COMPONENTS), schedule)
-    parts = [getattr(block, name) for block in pipe.transformer.transformer_blocks for name in COMPONENTS]
-    helper.enable()
-    try:
-        with patch.object(smooth_cache_helper, "print", lambda *_: None, create=True):
-            yield
-    finally:
+    helper = SmoothCacheHelper(pipe.transformer, BasicTransformerBlock, list(schedule), schedule)
+    with restored(pipe), patch.object(smooth_cache_helper, "print", lambda *_: None, create=True):
+        helper.enable()
+        yield
         helper.disable()
-        for part in parts:
-            vars(part).pop("forward", None)
 
 
 def smooth_schedule(errors: Tensor, threshold: float, longest: int = 3) -> list[int]:
@@ -127,10 +110,11 @@ def smooth_schedule(errors: Tensor, threshold: float, longest: int = 3) -> list[
 
 def output_errors(pipe: Any, request: Request) -> dict[str, Tensor]:
     """Relative L1 errors (steps, steps) of every part's output against earlier steps, mean over blocks, from one plain run."""
-    outputs: dict[str, list[list[Tensor]]] = {name: [] for name in COMPONENTS}
+    blocks = pipe.transformer.transformer_blocks
+    outputs: dict[str, list[list[Tensor]]] = {name: [] for name in COMPONENTS if getattr(blocks[0], name, None) is not None}
     hooks = []
-    for name in COMPONENTS:
-        for block in pipe.transformer.transformer_blocks:
+    for name in outputs:
+        for block in blocks:
             kept: list[Tensor] = []
             outputs[name].append(kept)
             hooks.append(getattr(block, name).register_forward_hook(lambda _, __, out, kept=kept: kept.append(out.clone())))
@@ -139,7 +123,7 @@ def output_errors(pipe: Any, request: Request) -> dict[str, Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.stack([relative_l1(kept) for kept in blocks]).mean(dim=0) for name, blocks in outputs.items()}
+    return {name: torch.stack([relative_l1(kept) for kept in several]).mean(dim=0) for name, several in outputs.items()}
 
 
 def relative_l1(kept: Sequence[Tensor]) -> Tensor:

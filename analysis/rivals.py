@@ -20,9 +20,10 @@ from torch import Tensor
 from analysis.calibration import Calibration
 from analysis.experiment import Request, plan, sample
 from analysis.optional_rivals import cache_dit_mask, cache_dit_threshold, output_errors, smooth_cache
+from analysis.restoring import restored
 from blockdance import Extrapolated, ReuseConfig, accelerate, load_demo_profile
 from blockdance.accelerate import PAPER
-from blockdance.plan import plan as make_plan
+from blockdance.plan import Planner
 from blockdance.scheduled import depth_of
 from blockdance.storage import Residual, StorageRule
 
@@ -66,14 +67,14 @@ def cached(pipe: Any, config: Any) -> Iterator[None]:
     """One of diffusers' caches, with fresh state; the transformer's class and hooks are as before afterwards."""
     transformer = pipe.transformer
     cls = type(transformer)
-    transformer.__class__ = with_caches(cls)
-    try:
-        transformer.enable_cache(config)
-        yield
-        transformer.disable_cache()
-    finally:
-        transformer.__dict__.pop("_cache_config", None)
-        transformer.__class__ = cls
+    with restored(pipe):
+        transformer.__class__ = with_caches(cls)
+        try:
+            transformer.enable_cache(config)
+            yield
+            transformer.disable_cache()
+        finally:
+            transformer.__class__ = cls
 
 
 def block_dance(pipe: Any, request: Request, knob: str, storage: StorageRule = PAPER) -> AbstractContextManager[Any]:
@@ -159,8 +160,9 @@ def calibrated_smooth_cache(pipe: Any, request: Request, knob: str) -> AbstractC
 
 
 def planned(pipe: Any, request: Request, knob: str, storage: StorageRule = PAPER) -> AbstractContextManager[Any]:
-    """`speedup`, ideal, that the planner is asked for; the model in the box alone has a profile to plan with."""
-    found = make_plan(profile=load_demo_profile(), target_speedup=float(knob), steps=request.steps, storage=storage)
+    """`speedup`, ideal, that the planner is asked for, or its most; the model in the box alone has a profile to plan with."""
+    planner = Planner(load_demo_profile(), request.steps, storage)
+    found = planner.for_speedup(min(float(knob), planner.fastest))
     return accelerate(pipe, found.schedule, storage=storage)
 
 
@@ -201,10 +203,10 @@ METHODS = {
     "blockdance-residual": Method(
         BLOCKDANCE_KNOB, ("2,12,0.4", "2,12,0.25", "3,12,0.25"), partial(block_dance, storage=Residual())
     ),
-    "blockdance-planned": Method("asked speedup", ("1.32", "1.75", "2.3"), planned),
+    "blockdance-planned": Method("asked speedup", ("1.32", "1.75", "2.3", "2.5"), planned),
     "blockdance-planned-extrapolated": Method(
         "asked speedup",
-        ("1.32", "1.55", "1.82", "2.05", "2.3", "2.7"),
+        ("1.32", "1.55", "1.82", "2.05", "2.3", "2.45", "2.7"),
         partial(planned, storage=Extrapolated()),
     ),
     "first-block-cache": Method("threshold", ("0.03", "0.05", "0.08", "0.12", "0.2"), first_block_cache),

@@ -1,12 +1,18 @@
 """Curves instead of points: what each method costs and changes, over all prompts, and the README's table of them."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import qualitative
+from plotly.subplots import make_subplots
 
+from analysis.atlas import ATLAS
 from analysis.records import BenchError, Record
 from analysis.rivals import METHODS
 from analysis.tables import between_markers, named, table
@@ -17,6 +23,10 @@ LEVELS = (1.25, 1.4, 1.6, 2.0)
 """Measured speedups at which methods are set against each other."""
 RESAMPLES = 2000
 COMMAND = "python -m analysis compare"
+CURVES = ATLAS / "comparison.json"
+"""The curves as the page shows them."""
+OURS = "blockdance"
+"""What the names of our methods begin with."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Point:
     """Of the mean, 95 %, by resampling prompts."""
     worst: float
     ssim: float
+    peak_bytes: int
+    """That tensors of one run take at most."""
 
 
 def points(lines: Sequence[Record]) -> list[Point]:
@@ -60,6 +72,7 @@ def point(name: str, knob: str, lines: Sequence[Record]) -> Point:
         bootstrap(lpips),
         float(lpips.max()),
         float(np.mean([line["ssim"] for line in lines])),
+        max(line["peak_bytes"] for line in lines),
     )
 
 
@@ -76,14 +89,83 @@ def best_at(found: Sequence[Point], name: str, level: float) -> Point | None:
     return min(fast, key=lambda one: one.lpips) if fast else None
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Who changes least at a speed."""
+
+    level: float
+    ours: Point | None
+    """The best setting of a method of ours."""
+    rival: Point | None
+    """The best of all others, fewer steps among them."""
+    worst: float
+    """The least worst prompt of any rival's best setting."""
+
+    def __str__(self) -> str:
+        if self.ours is None or self.rival is None:
+            only = self.ours or self.rival
+            return f"{self.level:g}x: only {only.method} gets there." if only else f"{self.level:g}x: nothing gets there."
+        ours, rival = told(self.ours), told(self.rival)
+        if self.ours.lpips >= self.rival.lpips:
+            return f"{self.level:g}x: {rival} wins; {ours}."
+        lead = "in the mean and at its worst" if self.ours.worst < self.worst else "in the mean, not at its worst"
+        return f"{self.level:g}x: {ours} leads {lead}; the best rival is {rival}."
+
+
+def told(one: Point) -> str:
+    return f"{one.method} ({short(one.lpips)}, worst {short(one.worst)})"
+
+
+def short(value: float) -> str:
+    """Two digits that count, without an exponent."""
+    return np.format_float_positional(value, precision=2, fractional=False, trim="-")
+
+
+def verdicts(found: Sequence[Point]) -> list[Verdict]:
+    """One for each of LEVELS."""
+    return [verdict(found, level) for level in LEVELS]
+
+
+def verdict(found: Sequence[Point], level: float) -> Verdict:
+    best = [one for name in METHODS if (one := best_at(found, name, level))]
+    ours = [one for one in best if one.method.startswith(OURS)]
+    rivals = [one for one in best if not one.method.startswith(OURS)]
+    return Verdict(
+        level,
+        min(ours, key=lambda one: one.lpips, default=None),
+        min(rivals, key=lambda one: one.lpips, default=None),
+        min((one.worst for one in rivals), default=float("inf")),
+    )
+
+
+def by_steps(lines: Sequence[Record]) -> dict[int, list[Record]]:
+    """The lines of each number of steps, ascending."""
+    return {steps: [line for line in lines if line["steps"] == steps] for steps in sorted({line["steps"] for line in lines})}
+
+
+def write_curves(file: Path, lines: Sequence[Record]) -> None:
+    """The curves and verdicts of every number of steps, for the page."""
+    told: dict[str, Any] = {
+        "lpips_name": lines[0]["lpips_name"],
+        "prompts": len({line["prompt"] for line in lines}),
+        "steps": {},
+    }
+    for steps, some in by_steps(lines).items():
+        found = points(some)
+        told["steps"][str(steps)] = {
+            "curves": {name: [asdict(one) for one in found if one.method == name] for name in METHODS},
+            "verdicts": [str(one) for one in verdicts(found)],
+        }
+    file.write_text(json.dumps(told, separators=(",", ":")) + "\n")
+
+
 def update_compare(readme: Path, lines: Sequence[Record], results: Path) -> None:
-    """Replace what stands between the markers of a file by the table.
+    """Replace what stands between the markers of a file by the tables.
 
     Raises:
         BenchError: the file has no markers, or there are no lines.
     """
-    several = sorted({line["steps"] for line in lines})
-    tables = [render_compare([line for line in lines if line["steps"] == steps], named(results, readme)) for steps in several]
+    tables = [render_compare(some, named(results, readme)) for some in by_steps(lines).values()]
     text = "\n\n".join(tables) if tables else render_compare([], "")
     readme.write_text(between_markers(readme.read_text(), text, readme.name, BEGIN, END))
 
@@ -108,15 +190,16 @@ def render_compare(lines: Sequence[Record], results: str) -> str:
         if any(one.method == name for one in found)
     ]
     head = ["method (its setting)", *(f"at least {level:g}x" for level in LEVELS)]
-    return f"{caption(lines, results)}\n\n{table(head, rows)}"
+    said = "\n".join(f"- {one}" for one in verdicts(found))
+    return f"{caption(lines, results)}\n\n{table(head, rows)}\n\n{said}"
 
 
 def cell(one: Point | None, least: float) -> str:
     if one is None:
         return "not reached"
     low, high = one.interval
-    mean = f"**{one.lpips:.5f}**" if one.lpips == least else f"{one.lpips:.5f}"
-    return f"{mean} ({low:.5f} to {high:.5f}), worst {one.worst:.5f}; {one.knob} at {one.speedup:.2f}x"
+    mean = f"**{short(one.lpips)}**" if one.lpips == least else short(one.lpips)
+    return f"{mean} ({short(low)} to {short(high)}), worst {short(one.worst)}; {one.knob} at {one.speedup:.2f}x"
 
 
 def caption(lines: Sequence[Record], results: str) -> str:
@@ -133,26 +216,37 @@ def caption(lines: Sequence[Record], results: str) -> str:
 
 
 def compare_figure(lines: Sequence[Record]) -> go.Figure:
-    """Mean difference from the baseline (logarithmic) over measured speedup, one curve a method, with intervals."""
-    figure = go.Figure()
-    found = points(lines)
-    for name in METHODS:
-        curve = [one for one in found if one.method == name]
-        if curve:
-            figure.add_scatter(
-                x=[one.speedup for one in curve],
-                y=[one.lpips for one in curve],
-                error_y={
-                    "array": [one.interval[1] - one.lpips for one in curve],
-                    "arrayminus": [one.lpips - one.interval[0] for one in curve],
-                    "thickness": 1,
-                },
-                name=name,
-                mode="lines+markers",
-                line={"width": 4 if name == "blockdance" else 2},
-                text=[f"{METHODS[name].knob}: {one.knob}, worst {one.worst:.5f}, SSIM {one.ssim:.4f}" for one in curve],
-            )
+    """Mean difference from the baseline (logarithmic) over measured speedup, a curve a method, a panel a number of steps."""
+    panels = by_steps(lines)
+    figure = make_subplots(1, len(panels), shared_yaxes=True, subplot_titles=[f"{steps} steps" for steps in panels])
+    for column, some in enumerate(panels.values(), start=1):
+        found = points(some)
+        for name, colour in zip(METHODS, cycle(qualitative.Dark24), strict=False):
+            curve = [one for one in found if one.method == name]
+            if curve:
+                figure.add_trace(trace(name, curve, colour, column == 1), 1, column)
     figure.update_xaxes(title="measured speedup")
-    figure.update_yaxes(title=f"difference from the baseline: {lines[0]['lpips_name']}, mean over prompts", type="log")
-    figure.update_layout(template="plotly_white", legend={"orientation": "h"}, margin={"t": 30})
+    figure.update_yaxes(type="log")
+    figure.update_yaxes(title=f"difference from the baseline: {lines[0]['lpips_name']}, mean", exponentformat="power", col=1)
+    figure.update_layout(template="plotly_white", legend={"orientation": "h", "y": -0.15}, margin={"t": 30})
     return figure
+
+
+def trace(name: str, curve: Sequence[Point], colour: str, in_legend: bool) -> go.Scatter:
+    """One method's curve, with intervals; ours are drawn through."""
+    ours = name.startswith(OURS)
+    return go.Scatter(
+        x=[one.speedup for one in curve],
+        y=[one.lpips for one in curve],
+        error_y={
+            "array": [one.interval[1] - one.lpips for one in curve],
+            "arrayminus": [one.lpips - one.interval[0] for one in curve],
+            "thickness": 1,
+        },
+        name=name,
+        legendgroup=name,
+        showlegend=in_legend,
+        mode="lines+markers",
+        line={"color": colour, "width": 3 if ours else 1.5, "dash": "solid" if ours else "dot"},
+        text=[f"{METHODS[name].knob}: {one.knob}, worst {short(one.worst)}, SSIM {one.ssim:.4f}" for one in curve],
+    )

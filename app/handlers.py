@@ -14,8 +14,9 @@ from app.engine import Engine
 from app.models import Models, Settings
 from app.news import animation_of, milestones, parse_order, progress, scene_of, timed_scene
 from app.zero import Work, lent_gpu
-from blockdance import BlockDanceError, ReuseConfig
+from blockdance import BlockDanceError, Plan, ReuseConfig, UnsupportedModelError, load_demo_profile, plan
 from blockdance.presets import DEMO
+from blockdance.storage import rule_named
 
 
 class Handlers:
@@ -81,6 +82,25 @@ class Handlers:
         except BlockDanceError as error:
             yield refused(order, error) | {"model": order.get("current")}
 
+    def plan(self, order: Json) -> Iterator[Json]:
+        """Find a schedule for the speedup that the page asks for."""
+        try:
+            name, steps = order.get("model"), parse_order(order)[0].steps
+            if name != DEMO:
+                raise UnsupportedModelError(
+                    f"model must be {DEMO} to plan here, as it alone ships with a profile, got {name!r}"
+                )
+            found = plan(
+                target_speedup=order.get("target_speedup"),
+                steps=steps,
+                storage=rule_named(order.get("storage", "latest")),
+                profile=load_demo_profile(),
+                one_cutoff=True,
+            )
+            yield {"key": order.get("key"), "phase": "done", "planned": planned(found, order.get("storage", "latest"))}
+        except BlockDanceError as error:
+            yield refused(order, error)
+
     def compare(
         self, prompt: str, seed: int, steps: int, guidance: float,
         reuse_interval: int, cutoff_block: int, window_start: float, window_end: float, model: str = DEMO,
@@ -125,6 +145,19 @@ def chosen(name: str, settings: Settings) -> Json:
         },
         "num_blocks": settings.num_blocks,
         "known_words": settings.known_words,
+    }
+
+
+def planned(found: Plan, storage: str) -> Json:
+    """What the page shows of a plan."""
+    return {
+        "schedule": str(found.schedule),
+        "cutoff_block": found.schedule.cutoff_block,
+        "storage": storage,
+        "speedup_ideal": found.speedup_ideal,
+        "predicted": found.predicted,
+        "interval": list(found.interval),
+        "distance": found.distance,
     }
 
 

@@ -29,7 +29,7 @@ OnRun = Callable[[int, int], None]
 
 PROBES = 9
 """Places in the run where the effect of one reuse step is measured; between them it is interpolated."""
-SAVINGS = (0.12, 0.2, 0.28, 0.36, 0.44, 0.52, 0.58)
+SAVINGS = (0.12, 0.24, 0.36, 0.48, 0.58, 0.66, 0.74)
 """Shares of the block evaluations that are saved in the runs which tie predictions to pictures."""
 SMALLEST_ERROR = 1e-9
 
@@ -106,12 +106,13 @@ def measure_profile(
         raise ConfigError("prompts must name at least one thing to draw, got none")
     num_blocks = depth_of(pipe)
     blocks = candidate_blocks(num_blocks)
-    studio = Studio(pipe, draw, on_run, len(prompts) * (1 + PROBES * len(blocks) + len(SAVINGS) * len(rules)))
+    studio = Studio(pipe, draw, on_run, len(prompts) * runs_per_prompt(PROBES, blocks, rules))
     baselines = [studio.baseline(prompt, blocks) for prompt in prompts]
     steps = len(baselines[0].recording.trace.steps)
     if steps < MIN_STEPS:
         raise ConfigError(f"steps must be at least {MIN_STEPS} to reuse anything, got {steps}")
     places = sorted({int(place) for place in np.round(np.linspace(1, steps - 1, PROBES))})
+    studio.runs = len(prompts) * runs_per_prompt(len(places), blocks, rules)
     profile = Profile(
         model=type(pipe.transformer).__name__,
         num_blocks=num_blocks,
@@ -128,6 +129,10 @@ def measure_profile(
     for rule in rules:
         profile.outcomes[repr(rule)] = outcomes(studio, baselines, profile, rule, distance)
     return profile
+
+
+def runs_per_prompt(places: int, blocks: Sequence[int], rules: Sequence[StorageRule]) -> int:
+    return 1 + places * len(blocks) + len(SAVINGS) * len(rules)
 
 
 def candidate_blocks(num_blocks: int) -> list[int]:

@@ -48,13 +48,15 @@ class Prediction:
     low: float
     high: float
     """Factors of the interval, as logarithms."""
+    reach: float
+    """The largest expected change that any outcome tells of; beyond it nothing is predicted."""
 
     @classmethod
     def fitted(cls, outcomes: Sequence[tuple[float, float]]) -> "Prediction":
-        change, distance = np.log(np.maximum(np.array(outcomes).T, SMALLEST_DISTANCE))
-        slope, offset = np.polyfit(change, distance, 1)
-        low, high = np.quantile(distance - (slope * change + offset), QUANTILES)
-        return cls(float(slope), float(offset), float(low), float(high))
+        changes, distances = np.log(np.maximum(np.array(outcomes).T, SMALLEST_DISTANCE))
+        slope, offset = np.polyfit(changes, distances, 1)
+        low, high = np.quantile(distances - (slope * changes + offset), QUANTILES)
+        return cls(float(slope), float(offset), float(low), float(high), max(change for change, _ in outcomes))
 
     def __call__(self, change: NDArray[np.float64] | float) -> tuple[Any, Any, Any]:
         """The distance expected, and the ends of its interval."""
@@ -71,6 +73,7 @@ def plan(
     steps: int = 30,
     storage: StorageRule = PAPER,
     profile: Profile | None = None,
+    one_cutoff: bool = False,
     call: dict[str, Any] | None = None,
     on_run: OnRun | None = None,
 ) -> Plan:
@@ -86,6 +89,7 @@ def plan(
         steps: sampling steps of the run.
         storage: what reuse steps will start from: `Latest()`, the paper's, or `Extrapolated()`.
         profile: one that was measured before, with any number of steps.
+        one_cutoff: reuse up to the same block on all steps.
         call: further arguments of the pipeline's call, for the profile.
         on_run: called with (finished runs, number of runs) while a profile is measured.
 
@@ -96,41 +100,66 @@ def plan(
         raise ConfigError(f"give one goal, target_speedup or max_lpips, got {target_speedup!r} and {max_lpips!r}")
     if profile is None:
         profile = own_profile(pipe, prompts, steps=steps, rules=[storage], call=call, on_run=on_run)
-    if repr(storage) not in profile.outcomes:
-        raise ConfigError(f"storage must be a rule the profile knows ({', '.join(profile.outcomes)}), got {storage!r}")
-    predict = Prediction.fitted(profile.outcomes[repr(storage)])
-    frontier = Frontier(profile.expected(steps), steps, profile.num_blocks, storage)
-    if target_speedup is not None:
-        saved = saved_for_speedup(target_speedup, steps * profile.num_blocks, frontier.most)
-    else:
-        saved = saved_for_distance(max_lpips, predict(frontier.changes[: frontier.most + 1])[2])
-    schedule = frontier.schedule(saved)
-    middle, low, high = (float(value) for value in predict(frontier.changes[saved]))
-    return Plan(schedule, storage, schedule.ideal_speedup(profile.num_blocks), middle, (low, high), profile.distance)
+    planner = Planner(profile, steps, storage, one_cutoff)
+    return planner.for_speedup(target_speedup) if max_lpips is None else planner.for_distance(max_lpips)
 
 
-def saved_for_speedup(target: Any, total: int, most: int) -> int:
-    """Block evaluations to save.
+class Planner:
+    """Plans for one number of steps; of several frontiers, one a cutoff, each goal takes the best.
 
     Raises:
-        ConfigError: a target that is no number above 1, or beyond reach.
+        ConfigError: fewer than four steps, or a storage rule that the profile has no outcomes of.
     """
-    fastest = total / (total - most)
-    if not is_number(target) or not 1 < target <= fastest:
-        raise ConfigError(f"target_speedup must be above 1 and at most {fastest:.2f} with this model and steps, got {target!r}")
-    return int(np.ceil(total * (1 - 1 / target) - 1e-9))
 
+    def __init__(self, profile: Profile, steps: int, storage: StorageRule = PAPER, one_cutoff: bool = False) -> None:
+        if repr(storage) not in profile.outcomes:
+            raise ConfigError(f"storage must be a rule the profile knows ({', '.join(profile.outcomes)}), got {storage!r}")
+        self.profile, self.storage = profile, storage
+        self.total = steps * profile.num_blocks
+        self.predict = Prediction.fitted(profile.outcomes[repr(storage)])
+        expected = profile.expected(steps)
+        choices = [expected.of(block) for block in profile.blocks] if one_cutoff else [expected]
+        self.frontiers = [Frontier(choice, steps, profile.num_blocks, storage) for choice in choices]
+        self.changes = [one.changes[one.changes <= self.predict.reach] for one in self.frontiers]
+        """By block evaluations saved, as far as predictions reach."""
 
-def saved_for_distance(goal: Any, highs: NDArray[np.float64]) -> int:
-    """The most block evaluations whose predicted distance stays below the goal.
+    @property
+    def fastest(self) -> float:
+        """The largest ideal speedup that can be planned for."""
+        return self.total / (self.total - max(map(len, self.changes)) + 1)
 
-    Raises:
-        ConfigError: a goal that is no number, or below what a single reuse step may do.
-    """
-    least = float(highs[1])
-    if not is_number(goal) or not goal >= least:
-        raise ConfigError(f"max_lpips must be at least {least:.2g}, which a single reuse step may cost here, got {goal!r}")
-    return int(np.flatnonzero(highs <= goal)[-1])
+    def for_speedup(self, target: Any) -> Plan:
+        """The least difference that has at least this ideal speedup.
+
+        Raises:
+            ConfigError: a target that is no number above 1, or beyond reach.
+        """
+        if not is_number(target) or not 1 < target <= self.fastest:
+            nearest = np.floor(100 * self.fastest) / 100
+            raise ConfigError(
+                f"target_speedup must be above 1 and at most {nearest:.2f} with this model and steps, got {target!r}"
+            )
+        return self._plan(int(np.ceil(self.total * (1 - 1 / target) - 1e-9)))
+
+    def for_distance(self, goal: Any) -> Plan:
+        """The most speedup whose difference stays below this, for nineteen pictures out of twenty.
+
+        Raises:
+            ConfigError: a goal that is no number, or below what a single reuse step may do.
+        """
+        highs = [self.predict(changes)[2] for changes in self.changes]
+        least = min(float(high[1]) for high in highs if len(high) > 1)
+        if not is_number(goal) or not goal >= least:
+            nearest = np.format_float_positional(1.005 * least, precision=3, fractional=False)  # rounded, and not down
+            raise ConfigError(f"max_lpips must be at least {nearest}, which a single reuse step may cost here, got {goal!r}")
+        return self._plan(max(int(np.flatnonzero(high <= goal)[-1]) for high in highs))
+
+    def _plan(self, saved: int) -> Plan:
+        frontier = min(self.frontiers, key=lambda one: one.changes[saved] if saved < len(one.changes) else np.inf)
+        schedule = frontier.schedule(saved)
+        middle, low, high = (float(value) for value in self.predict(frontier.changes[saved]))
+        speedup = schedule.ideal_speedup(self.profile.num_blocks)
+        return Plan(schedule, self.storage, speedup, middle, (low, high), self.profile.distance)
 
 
 def is_number(value: Any) -> bool:

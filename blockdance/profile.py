@@ -93,6 +93,10 @@ class Expected:
     products: Mapping[int, Products]
     sensitivity: Mapping[int, NDArray[np.float64]]
 
+    def of(self, block: int) -> "Expected":
+        """With one candidate for the cutoff."""
+        return Expected({block: self.products[block]}, {block: self.sensitivity[block]})
+
     def change(self, step: int, block: int, donors: Sequence[int], weights: NDArray[np.float64]) -> float:
         """Change of the picture, root mean square over pixels, if `step` starts from a mixture of what donor steps kept."""
         mixed = np.zeros(len(self.products[block]))

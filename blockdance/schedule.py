@@ -106,8 +106,9 @@ class Schedule:
             raise ScheduleError(f"a schedule is written with the letters f, c and r, got {strange[0]!r} in {text!r}")
         steps: list[tuple[str, str]] = re.findall(r"([fcr])(\d*)", text)
         kinds = tuple(StepKind(letter) for letter, _ in steps)
+        common = cls(kinds, cutoff_block)
         if not any(block for _, block in steps):
-            return cls(kinds, cutoff_block)
+            return common
         return cls.with_cutoffs(kinds, [int(block or cutoff_block) for _, block in steps])
 
     @classmethod

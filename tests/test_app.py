@@ -165,6 +165,30 @@ def test_a_bad_order_is_a_toast_and_ends_the_waiting(handlers: Handlers, toasts:
         assert toasts.pop().startswith(sentence)
 
 
+def test_a_plan_is_a_schedule_with_a_prediction(handlers: Handlers) -> None:
+    (news,) = handlers.plan(
+        ORDER | {"request": ORDER["request"] | {"steps": 30}, "target_speedup": 1.5, "storage": "extrapolated"}
+    )
+    found = news["planned"]
+    schedule = Schedule.parse(found["schedule"], found["cutoff_block"])
+    assert len(schedule) == 30 and not schedule.cutoffs
+    assert found["speedup_ideal"] == schedule.ideal_speedup(14) >= 1.5
+    assert found["interval"][0] < found["predicted"] < found["interval"][1] and found["storage"] == "extrapolated"
+
+
+def test_a_plan_that_cannot_be_is_a_toast(handlers: Handlers, toasts: list[str]) -> None:
+    for change, sentence in (
+        ({"target_speedup": 40}, "target_speedup must be above 1 and at most "),
+        ({"target_speedup": None}, "give one goal, target_speedup or max_lpips, got None and None."),
+        ({"target_speedup": [2]}, "target_speedup must be above 1 and at most "),
+        ({"target_speedup": 2, "model": "dit-xl-2-256"}, "model must be demo to plan here, as it alone ships with a profile"),
+        ({"target_speedup": 2, "storage": "psychic"}, "storage must be one of latest, extrapolated, got 'psychic'."),
+    ):
+        (last,) = handlers.plan(ORDER | change)
+        assert last["phase"] == "done" and last["error"]
+        assert toasts.pop().startswith(sentence)
+
+
 def test_measuring_tells_medians_of_rounds(handlers: Handlers) -> None:
     *_, last = handlers.measure(ORDER)
     (run,) = last["scene"]["runs"]

@@ -1,6 +1,9 @@
 """The harness that sets BlockDance against what a user would pick instead."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,22 +12,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
 
 from analysis.__main__ import main
-from analysis.compare import PROMPTS, check_methods, compare, compare_one, draw_counted, read_prompts
+from analysis.compare import COMPARE_RESULTS, PROMPTS, check_methods, compare, compare_one, draw_counted, read_prompts
 from analysis.experiment import Request, plan, with_sampler
+from analysis.memory import peak_bytes
 from analysis.metrics import shift_tolerant_lpips
-from analysis.records import BenchError, Record
+from analysis.optional_rivals import check_installed, is_installed, smooth_schedule
+from analysis.records import BenchError, Record, read_records
 from analysis.rivals import METHODS, Method
-from analysis.tables_compare import BEGIN, END, best_at, bootstrap, compare_figure, points, render_compare, update_compare
+from analysis.tables_compare import (
+    BEGIN,
+    CURVES,
+    END,
+    best_at,
+    bootstrap,
+    compare_figure,
+    points,
+    render_compare,
+    short,
+    update_compare,
+    verdicts,
+    write_curves,
+)
 from blockdance import ReuseConfig, load_demo_pipeline
 from blockdance.demo import DemoPipeline
+from tests.tiny import quiet, vae
 
 REQUEST = Request("octopus", steps=12)
 SETTINGS = [("blockdance", "2,9,0.4"), ("fewer-steps", "15")]
 KEYS = {
     "method", "knob", "prompt", "seed", "steps", "lpips", "ssim", "psnr", "seconds", "speedup_measured", "speedup_ideal",
-    "block_evaluations",
+    "block_evaluations", "peak_bytes",
 }  # fmt: skip
 
 
@@ -35,8 +56,28 @@ def pipe() -> DemoPipeline:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_skips_work_repeats_itself_and_leaves_the_model_as_it_was(pipe: DemoPipeline, name: str) -> None:
+    if not is_installed(METHODS[name].package):
+        pytest.skip(f"{METHODS[name].package} is not installed: pip install -r analysis/requirements-rivals.txt")
+    before = [(module, dict(vars(module))) for module in pipe.transformer.modules()]
+    call = type(pipe).__call__
     check_methods(pipe, REQUEST, [name])
+    assert [(module, vars(module)) for module in pipe.transformer.modules()] == before and type(pipe).__call__ is call
     assert not hasattr(pipe.transformer, "_cache_config")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("blockdance-planned")])
+def test_every_method_works_on_dit_too(name: str) -> None:
+    if not is_installed(METHODS[name].package):
+        pytest.skip(f"{METHODS[name].package} is not installed: pip install -r analysis/requirements-rivals.txt")
+    check_methods(with_sampler(deep_dit(), "DDIM"), Request("goldfish", steps=20), [name])
+
+
+def deep_dit() -> DiTPipeline:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=14, sample_size=8, patch_size=2
+    )
+    return quiet(DiTPipeline(transformer.eval(), vae().eval(), DDIMScheduler(), id2label={1: "goldfish"}))
 
 
 @contextmanager
@@ -66,6 +107,71 @@ def test_a_method_that_does_not_work_is_found_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(METHODS, "wrong", Method("strength", ("strong",), applied, steps=fewer))
     with pytest.raises(BenchError, match=sentence):
         check_methods(with_sampler(load_demo_pipeline(), "DDIM"), REQUEST, ["wrong"])
+
+
+def test_a_rival_that_is_not_installed_is_named_with_what_installs_it() -> None:
+    with pytest.raises(BenchError, match=r"needs no_such_thing; `pip install -r analysis/requirements-rivals.txt` installs it"):
+        check_installed("no_such_thing")
+
+
+def test_smoothcache_reuses_while_the_change_since_the_last_computed_step_is_small() -> None:
+    place = torch.tensor([0.0, 1.0, 1.1, 1.2, 1.9, 2.0, 2.1, 2.2, 2.3])
+    errors = (place[:, None] - place).abs()
+    assert smooth_schedule(errors, 0.15) == [1, 1, 0, 1, 1, 0, 1, 0, 1]
+    assert smooth_schedule(errors, 9.0) == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert smooth_schedule(errors, 0.0) == [1] * 9
+
+
+def test_the_peak_is_what_tensors_took_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000, 250)
+
+    def together() -> list[torch.Tensor]:
+        return [torch.ones(1000, 250) for _ in range(3)]
+
+    assert 1e6 <= peak_bytes(one_after_the_other) < 2e6
+    assert 3e6 <= peak_bytes(together) < 4e6
+
+
+def test_two_processes_write_the_lines_of_one(tmp_path: Path) -> None:
+    arguments = [
+        "-m",
+        "analysis",
+        "compare",
+        "--steps",
+        "6",
+        "--methods",
+        "fewer-steps",
+        "blockdance",
+        "--prompts",
+        "pizza",
+        "owl",
+        "robot",
+    ]
+    one = [sys.executable, *arguments, "--out", str(tmp_path / "one")]
+    two = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        *arguments,
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of floats depend on the number of threads
+    running = [subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in (one, two)]
+    for process in running:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error.decode()
+    lines = [[json.loads(text) for text in (tmp_path / name / "results.jsonl").open()] for name in ("one", "two")]
+    clocks = {"seconds", "baseline_seconds", "speedup_measured"}
+    assert len(lines[0]) == 3 * sum(len(METHODS[name].sweep) for name in ("fewer-steps", "blockdance"))
+    assert [{key: line[key] for key in line.keys() - clocks} for line in lines[0]] == [
+        {key: line[key] for key in line.keys() - clocks} for line in lines[1]
+    ]
 
 
 def test_what_runs_is_what_is_counted(pipe: DemoPipeline) -> None:
@@ -100,7 +206,7 @@ def line(method: str, knob: str, prompt: str, lpips: float, seconds: float) -> R
     return {
         "bench": "compare", "method": method, "knob": knob, "prompt": prompt, "seed": 0, "steps": 30, "sampler": "DDIM",
         "guidance": 4.0, "lpips": lpips, "lpips_name": "LPIPS", "ssim": 1.0, "seconds": seconds, "baseline_seconds": 2.0,
-        "speedup_ideal": 2.0, "machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 2},
+        "speedup_ideal": 2.0, "peak_bytes": 100, "machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 2},
     }  # fmt: skip
 
 
@@ -146,9 +252,39 @@ def test_the_table_says_who_wins_at_each_speed_also_where_it_is_a_rival() -> Non
     cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
     fewer, ours = (next(row for name, row in cells.items() if name.startswith(method)) for method in ("fewer", "blockdance"))
     assert head.count("at least") == 4
-    assert ours[0].startswith("**0.00400**") and "worst 0.00600; 2,9,0.4 at 1.33x" in ours[0]
-    assert fewer[1].startswith("**0.01000**") and ours[1].startswith("0.01500")
-    assert ours[3].startswith("not reached") and fewer[3].startswith("**0.03000**")
+    assert ours[0].startswith("**0.004**") and "worst 0.006; 2,9,0.4 at 1.33x" in ours[0]
+    assert fewer[1].startswith("**0.01**") and ours[1].startswith("0.015")
+    assert ours[3].startswith("not reached") and fewer[3].startswith("**0.03**")
+
+
+def test_the_verdict_names_who_leads_and_says_so_where_a_rival_wins() -> None:
+    told = [str(one) for one in verdicts(points(LINES))]
+    assert told[0] == (
+        "1.25x: blockdance (0.004, worst 0.006) leads in the mean and at its worst; "
+        "the best rival is fewer-steps (0.01, worst 0.015)."
+    )
+    assert told[1] == "1.4x: fewer-steps (0.01, worst 0.015) wins; blockdance (0.015, worst 0.022)."
+    assert told[3] == "2x: only fewer-steps gets there."
+    better_mean = [line("blockdance", "new", prompt, lpips, 0.9) for prompt, lpips in (("a", 0.0), ("b", 0.05))]
+    assert "leads in the mean, not at its worst" in str(verdicts(points([*LINES, *better_mean]))[3])
+
+
+def test_small_numbers_are_written_with_two_digits() -> None:
+    assert [short(value) for value in (0.0000123, 0.4567, 0.0)] == ["0.000012", "0.46", "0"]
+
+
+def test_the_page_gets_every_curve_and_verdict(tmp_path: Path) -> None:
+    write_curves(tmp_path / "curves.json", [*LINES, *({**one, "steps": 50} for one in LINES)])
+    told = json.loads((tmp_path / "curves.json").read_text())
+    assert list(told["steps"]) == ["30", "50"] and told["prompts"] == 2
+    curves = told["steps"]["50"]["curves"]
+    assert [one["knob"] for one in curves["fewer-steps"]] == ["20", "15"] and curves["taylorseer"] == []
+    assert len(told["steps"]["30"]["verdicts"]) == 4
+
+
+def test_the_shipped_curves_are_those_of_the_results(tmp_path: Path) -> None:
+    write_curves(tmp_path / "curves.json", read_records(COMPARE_RESULTS))
+    assert (tmp_path / "curves.json").read_text() == CURVES.read_text()
 
 
 def test_lines_of_different_machines_are_not_mixed() -> None:
@@ -183,6 +319,7 @@ def test_the_command_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     lines = [json.loads(text) for text in (tmp_path / "here" / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * (len(METHODS["fewer-steps"].sweep) + len(METHODS["blockdance"].sweep))
     assert (tmp_path / "here" / "curves.html").exists()
+    assert not shutil.which("chromium") or Image.open(tmp_path / "here" / "curves.png").size == (900, 640)
     assert "at least 1.25x" in capsys.readouterr().out
 
 

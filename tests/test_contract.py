@@ -96,6 +96,28 @@ def test_a_reuse_step_runs_exactly_the_blocks_after_the_cutoff(case: Case, cutof
     assert trace.schedule is not None and trace.speedup_ideal == trace.schedule.ideal_speedup(BLOCKS)
 
 
+def test_every_reuse_step_runs_exactly_the_blocks_after_its_own_cutoff(case: Case) -> None:
+    pipe = case.build()
+    ran: list[int] = []
+    for index, block in enumerate(pipe.transformer.transformer_blocks):
+        block.attn1.register_forward_hook(lambda *_, index=index: ran.append(index))
+    with accelerate(pipe, Schedule.parse("fcr1r3cr2f", 0)) as trace:
+        case.run(pipe, steps=7)
+    everything = list(range(BLOCKS))
+    assert ran == everything * 2 + everything[2:] + everything[4:] + everything + everything[3:] + everything
+    assert trace.kinds == "fcrrcrf" and trace.block_evaluations == len(ran)
+
+
+def test_each_step_of_several_cutoffs_gets_what_it_would_get_with_one(case: Case) -> None:
+    pipe = case.build()
+    kwargs = [case.inputs() for _ in range(3)]
+    with accelerate(pipe, Schedule.parse("cr1r3", 0)):
+        several = drive(case, pipe, kwargs)
+    for step, cutoff in ((1, 1), (2, 3)):
+        with accelerate(pipe, Schedule.parse("crr", cutoff)):
+            assert torch.equal(several[step], drive(case, pipe, kwargs)[step])
+
+
 @pytest.mark.parametrize("cutoff", range(BLOCKS - 1))
 def test_the_same_input_twice_is_bit_exact_at_every_cutoff(case: Case, cutoff: int) -> None:
     pipe = case.build()

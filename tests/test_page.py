@@ -11,7 +11,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from analysis.browser import launch_chromium
-from blockdance import ReuseConfig, fixed_schedule
+from analysis.tables_compare import CURVES
+from blockdance import ReuseConfig, Schedule, fixed_schedule
 from tests.serving import Server, serving
 
 PATIENCE_MS = 60_000
@@ -458,3 +459,36 @@ def test_a_model_out_of_reach_is_a_toast_and_the_page_stays(page: Page) -> None:
     page.locator("#bd-prompt").focus()
     expect(page.locator("[name=model]")).to_have_value("demo")
     expect(page.locator(".bd-status")).to_contain_text("“red apple”")
+
+
+def test_the_planner_chooses_a_schedule_and_the_page_draws_it(page: Page) -> None:
+    page.locator("#bd-target").fill("1.6")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    told = page.locator(".bd-planner p")
+    expect(told).to_contain_text("Planned: 1.6")
+    expect(told).to_contain_text("for nine pictures in ten")
+    expect(page.locator(".bd-edited")).to_contain_text("The planner chose the schedule.")
+    expect(page.locator(".bd-status p")).to_contain_text("computed live")
+    schedule = page.locator(".bd-plan").inner_text().split("Schedule ")[1].rstrip(".")
+    assert f"s={schedule}" in page.url and Schedule.parse(schedule, 12).ideal_speedup(14) >= 1.6
+    page.get_by_role("button", name="Back to the sliders").click()
+    expect(told).to_be_empty()
+
+
+def test_the_planner_refuses_what_it_cannot_reach(page: Page) -> None:
+    page.locator("#bd-target").fill("40")
+    page.get_by_role("button", name="Plan", exact=True).click()
+    expect(page.get_by_text("target_speedup must be above 1 and at most").first).to_be_visible()
+    expect(page.locator(".bd-edited")).to_be_hidden()
+
+
+def test_the_comparison_with_rivals_is_on_the_page_and_says_who_wins(page: Page) -> None:
+    page.locator("[data-part=tradeoff]").scroll_into_view_if_needed()
+    compared = page.locator(".bd-compared")
+    expect(compared.locator("li")).to_have_count(4)
+    told = json.loads(CURVES.read_text())["steps"]
+    for steps in told:
+        compared.get_by_role("button", name=f"{steps} steps").click()
+        expect(compared.locator("li").first).to_have_text(told[steps]["verdicts"][0])
+        names = page.evaluate("document.querySelector('[data-plot=compared]').data.map(({name}) => name)")
+        assert {"fewer-steps", "blockdance", "first-block-cache"} <= set(names)

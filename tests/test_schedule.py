@@ -73,6 +73,21 @@ def test_the_shared_prefix_ends_before_the_cache_step_of_the_first_reuse(text: s
     assert Schedule.parse(text, 1).shared_prefix == prefix
 
 
+def test_reuse_steps_may_differ_in_their_block() -> None:
+    schedule = Schedule.parse("fcr9r12cr12f", cutoff_block=3)
+    assert str(schedule) == "fcr9r12cr12f" and Schedule.parse(str(schedule), 0) == schedule
+    assert schedule.cutoff_block == 12
+    assert [schedule.blocks_at(step, 14) for step in range(7)] == [14, 14, 4, 1, 14, 1, 14]
+    assert Schedule.parse("fcr9rcr12f", cutoff_block=12) == schedule
+    assert Schedule.parse("fcr9r9f", cutoff_block=3) == Schedule.parse("fcrrf", cutoff_block=9)
+
+
+def test_a_cache_step_keeps_what_later_reuse_steps_start_from() -> None:
+    schedule = Schedule.parse("fcr9r12cr12cf", cutoff_block=0)
+    assert [sorted(schedule.blocks_kept_at(step)) for step in (1, 4, 6)] == [[9, 12], [12], []]
+    assert [sorted(schedule.blocks_kept_at(step, points=2)) for step in (0, 1, 4)] == [[9, 12], [9, 12], [12]]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -97,6 +112,11 @@ def test_a_setting_outside_its_range_is_named(make: Callable[[], object], words:
         (lambda: Schedule.parse("", 1), "at least one step"),
         (lambda: Schedule.parse("ffr", 1), "step 2 reuses but no step before it caches"),
         (lambda: Schedule.parse("ff", -1), "got -1"),
+        (lambda: Schedule.parse("cr9r", "9"), "cutoff_block must be an integer of at least 0, got '9'"),  # type: ignore[arg-type]
+        (lambda: Schedule.parse("f9r", 1), "got '9'"),
+        (lambda: Schedule.parse("cr9r13", 1).check_depth(14), r"\[0, 12\] for 14 blocks, got 13"),
+        (lambda: Schedule((StepKind.FULL,) * 3, 4, (1, 2)), "cutoffs must hold one block for each of 3 steps, got 2"),
+        (lambda: Schedule((StepKind.FULL,) * 2, 4, (1, 5)), r"cutoffs must be integers in \[0, 4\], the cutoff_block, got 5"),
         (lambda: Schedule.parse("ff", 5).ideal_speedup(6), r"\[0, 4\] for 6 blocks, got 5"),
         (lambda: fixed_schedule(ReuseConfig(2, 5), 10, 6), r"\[0, 4\] for 6 blocks, got 5"),
         (lambda: fixed_schedule(ReuseConfig(2), 0, 6), "num_steps must be at least 1, got 0"),

@@ -61,6 +61,7 @@ const sameRun = (a, b) => a.schedule === b.schedule && a.cutoff_block === b.cuto
 
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const times = (value) => `${value.toFixed(2)}×`;
+const tiny = (value) => Number(value.toPrecision(1)).toFixed(Math.max(2, -Math.floor(Math.log10(value))));
 const small = (value) => value === 0 ? "0" : value < 0.001 ? value.toFixed(5) : value.toFixed(4);
 const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
@@ -130,8 +131,11 @@ const SKELETON = `
     <label>Window end <output></output><input type="range" name="end" min="0" max="1" step="0.01"></label>
     <label data-live>A reuse step starts from <select name="storage">
       <option value="latest">the stored output (the paper's)</option><option value="extrapolated">the last two, continued by a line</option></select></label>
-    <p class="bd-edited" hidden>The schedule was edited by hand. <button data-do="unedit">Back to the sliders</button></p>
+    <p class="bd-edited" hidden><span></span> <button data-do="unedit">Back to the sliders</button></p>
   </div>
+  <form data-part="planner" data-live class="bd-planner"><label for="bd-target">Or let the planner choose, for a speedup of</label>
+    <div class="bd-line"><input id="bd-target" type="number" value="1.5" min="1.05" step="0.05" required><button>Plan</button></div>
+    <p class="bd-note" role="status"></p></form>
   <details data-part="sampling" data-live class="bd-sampling"><summary>Model and sampling</summary>
     <label>Model <select name="model"></select></label>
     <label>Seed <input type="number" name="seed" min="0" max="4294967295" step="1"></label>
@@ -166,7 +170,9 @@ const SKELETON = `
   <section data-part="strip" class="bd-strip"><h2>The same, with N = 1, 2, 3, 4</h2><div class="bd-row"></div></section>
   <section data-part="tradeoff" class="bd-tradeoff"><h2>Trade-off</h2>
     <p class="bd-note">Each dot is a run of this prompt: speedup against difference from the baseline, lower is closer. The line joins the best. Click a dot to
-    load it. Where the control, fewer steps without any cache, lies lower, it wins.</p><div data-plot="tradeoff"></div></section>
+    load it. Where the control, fewer steps without any cache, lies lower, it wins.</p><div data-plot="tradeoff"></div>
+    <div class="bd-compared" hidden><div class="bd-line"><h2>Against what you would pick instead</h2><div class="bd-counts" role="group" aria-label="Steps"></div></div>
+    <p class="bd-note"></p><div data-plot="compared"></div><ul class="bd-note"></ul></div></section>
   <section data-part="analysis" class="bd-analysis"><h2>Step by step, block by block</h2>
     <div class="bd-two"><div data-plot="steps"></div><div data-plot="blocks"></div></div></section>
   <section data-part="export" class="bd-export"><h2>Take it away</h2><div class="bd-buttons">
@@ -299,6 +305,7 @@ class Explorer {
     }
     if (news.unknown_words?.length) this.notice(`Words the model does not know, and draws as if they were not there: ${news.unknown_words.join(", ")}.`);
     if (news.chosen) this.useModel(news.chosen);
+    if (news.planned) this.usePlan(news.planned);
     if (news.animation) download("blockdance.gif", dataBlob(news.animation));
     if (news.error && news.model) this.state.model = news.model;
     this.render();
@@ -410,6 +417,12 @@ class Explorer {
     this.set({model, request, config, edited: null, pinned: null});
   }
 
+  /** Show a schedule that the planner found, and what it predicts. */
+  usePlan({schedule, cutoff_block, storage, speedup_ideal, predicted, interval, distance}) {
+    this.plan = {schedule, cutoff_block, storage, text: `Planned: ${times(speedup_ideal)} ideal. Predicted ${distance}: ${tiny(predicted)}; for nine pictures in ten ${tiny(interval[0])} to ${tiny(interval[1])}.`};
+    this.set({config: {cutoff: cutoff_block}, storage, edited: schedule});
+  }
+
   // ------------------------------------------------------------ wiring
 
   build() {
@@ -422,6 +435,8 @@ class Explorer {
       const input = this.$(`[name=${name}]`);
       if (input) input.onchange = () => this.setNumber(input);
     }
+    const planner = this.$(".bd-planner");
+    if (planner) planner.onsubmit = (event) => { event.preventDefault(); this.order("plan", "plan", {target_speedup: Number(this.$("#bd-target").value)}); };
     const storage = this.$("[name=storage]");
     if (storage) storage.onchange = () => this.set({storage: storage.value});
     this.fill("sampler", settings.samplers || [], (sampler) => this.set({request: {sampler}}));
@@ -497,7 +512,10 @@ class Explorer {
     }
     if (this.live) this.$("[name=storage]").value = state.storage;
     for (const button of this.all(".bd-chips button")) button.setAttribute("aria-pressed", button.dataset.key === this.sceneKey());
+    const planned = this.plan && sameRun(this.plan, {schedule: this.kinds, cutoff_block: this.cutoff, storage: state.storage});
     this.$(".bd-edited").hidden = !state.edited;
+    this.$(".bd-edited span").textContent = planned ? "The planner chose the schedule." : "The schedule was edited by hand.";
+    if (this.live) this.$(".bd-planner p").textContent = planned ? this.plan.text : "";
     for (const [place, name] of [[".bd-scales", "scale"], [".bd-modes", "mode"]])
       for (const button of this.all(`${place} button`)) button.setAttribute("aria-pressed", button.dataset.choice === state[name]);
     this.renderStatus(scene);
@@ -844,6 +862,7 @@ class Explorer {
       document.head.append(h("script", {src: this.plotly, onload: resolve, onerror: () => reject(new Error("plotly could not be loaded"))}));
     });
     this.plotting.then(() => this.drawPlotsNow(), (error) => this.notice(error.message));
+    this.openComparison();
   }
 
   drawPlotsNow() {
@@ -858,6 +877,7 @@ class Explorer {
                      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
     const react = (name, data, shape) => Plotly.react(this.$(`[data-plot=${name}]`), data, shape, options);
     this.drawTradeoff(scene, run, layout, react);
+    if (this.comparison) this.drawComparison(layout, react);
     const difference = run?.step_difference || [];
     react("steps", [{x: difference.map((_, step) => step), y: difference, type: "bar", marker: {color: difference.map((_, step) => KIND_COLOURS[this.kinds[step]])},
                      hovertemplate: "step %{x}: %{y:.4f}<extra></extra>"}], layout("step", "relative difference of the expected latents"));
@@ -867,6 +887,34 @@ class Explorer {
       react("blocks", [{x: change, y: change.map((_, block) => block), type: "bar", orientation: "h", marker: {color: change.map((_, block) => block <= this.cutoff ? KIND_COLOURS.r : KIND_COLOURS.f)},
                         hovertemplate: "block %{y}: %{x:.5f}<extra></extra>"}], layout("mean of 1 − cosine, second half of the run", "block"));
     }
+  }
+
+  /** The comparison of methods over many prompts, which ships with the page. */
+  async openComparison() {
+    const answer = await fetch(`${this.atlas}comparison.json`).catch(() => null);
+    if (!answer?.ok) return;
+    this.comparison = await answer.json();
+    const counts = Object.keys(this.comparison.steps);
+    this.comparedAt = counts[0];
+    this.$(".bd-counts").append(...counts.map((steps) => h("button", {type: "button", "data-steps": steps, onclick: () => { this.comparedAt = steps; this.drawPlotsNow(); }}, `${steps} steps`)));
+    this.$(".bd-compared").hidden = false;
+    this.drawPlotsNow();
+  }
+
+  drawComparison(layout, react) {
+    const {lpips_name, prompts, steps} = this.comparison, {curves, verdicts} = steps[this.comparedAt];
+    for (const button of this.all(".bd-counts button")) button.setAttribute("aria-pressed", button.dataset.steps === this.comparedAt);
+    this.$(".bd-compared p").textContent = `${prompts} prompts, each method at several settings, timed side by side when the page was made: the mean over prompts. Least change at least so fast:`;
+    this.$(".bd-compared ul").replaceChildren(...verdicts.map((text) => h("li", {}, text)));
+    const data = Object.entries(curves).filter(([, points]) => points.length).map(([name, points]) => {
+      const ours = name.startsWith("blockdance");
+      return {name, x: points.map((one) => one.speedup), y: points.map((one) => one.lpips), mode: "lines+markers", line: {width: ours ? 3 : 1.5, dash: ours ? "solid" : "dot"},
+              error_y: {array: points.map((one) => one.interval[1] - one.lpips), arrayminus: points.map((one) => one.lpips - one.interval[0]), thickness: 1, width: 2},
+              text: points.map((one) => `${name} ${one.knob}: worst ${small(one.worst)}, SSIM ${one.ssim.toFixed(4)}, ${(one.peak_bytes / 2 ** 20).toFixed(1)} MiB`),
+              hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.6f}<extra></extra>"};
+    });
+    const axis = {title: {text: `${lpips_name}, mean`}, type: "log", gridcolor: "rgba(128, 128, 128, 0.25)", exponentformat: "power"};
+    react("compared", data, layout("speedup, measured", "", {height: 460, yaxis: axis, legend: {orientation: "h", y: -0.2}}));
   }
 
   drawTradeoff(scene, run, layout, react) {
