@@ -16,7 +16,6 @@ from analysis.experiment import (
     check_range,
     fewer_steps,
     figures,
-    plan,
     run_baseline,
     run_variant,
     sample,
@@ -84,7 +83,7 @@ def control_steps(schedule: Schedule, num_blocks: int) -> int:
 def measure_speedup(setup: Setup) -> list[Record]:
     """Baseline, every configuration and every control in the same rounds; differences over several prompts."""
     configs = [ReuseConfig(interval, cutoff) for interval in INTERVALS for cutoff in cutoffs(setup.num_blocks)]
-    schedules = [plan(config, REQUEST, setup.num_blocks) for config in configs]
+    schedules = [fixed_schedule(config, REQUEST.steps, setup.num_blocks) for config in configs]
     traces = [run_variant(setup.pipe, REQUEST, schedule).trace for schedule in schedules]
     seconds = interleaved(speedup_runs(setup, schedules, REQUEST), setup.repeats, "speedup")
     differences = measure_differences(setup, schedules)
@@ -194,7 +193,7 @@ def without_reuse() -> Record:
 
 def measure_slider(setup: Setup) -> list[Record]:
     """Seconds really spent on a new setting of a known baseline, its figures included."""
-    baseline, schedule = run_baseline(setup.pipe, REQUEST), plan(ReuseConfig(), REQUEST, setup.num_blocks)
+    baseline, schedule = run_baseline(setup.pipe, REQUEST), fixed_schedule(ReuseConfig(), REQUEST.steps, setup.num_blocks)
 
     def move() -> None:
         figures(baseline, run_variant(setup.pipe, REQUEST, schedule, baseline.recording), setup.distance)
@@ -206,7 +205,7 @@ def measure_slider(setup: Setup) -> list[Record]:
 
 def measure_cache(setup: Setup) -> list[Record]:
     """Bytes held at most: without guidance (one branch) and with it (two)."""
-    schedule, config = plan(ReuseConfig(), REQUEST, setup.num_blocks), setup.pipe.transformer.config
+    schedule, config = fixed_schedule(ReuseConfig(), REQUEST.steps, setup.num_blocks), setup.pipe.transformer.config
     held = {guidance: cache_bytes(setup, schedule, guidance) for guidance in (1.0, REQUEST.guidance)}
     return [
         {
@@ -227,12 +226,12 @@ def cache_bytes(setup: Setup, schedule: Schedule, guidance: float) -> int:
 
 def measure_application(setup: Setup) -> list[Record]:
     """Start of the app, and an answer it remembers."""
-    return [measure_app(REQUEST, plan(ReuseConfig(), REQUEST, setup.num_blocks).cutoff_block, setup.repeats)]
+    return [measure_app(REQUEST, fixed_schedule(ReuseConfig(), REQUEST.steps, setup.num_blocks).cutoff_block, setup.repeats)]
 
 
 def measure_many(setup: Setup) -> list[Record]:
     """Many visitors on one app."""
-    return [measure_visitors(REQUEST, plan(ReuseConfig(), REQUEST, setup.num_blocks).cutoff_block)]
+    return [measure_visitors(REQUEST, fixed_schedule(ReuseConfig(), REQUEST.steps, setup.num_blocks).cutoff_block)]
 
 
 @dataclass(frozen=True)

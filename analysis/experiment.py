@@ -25,7 +25,6 @@ from blockdance import (
     Schedule,
     Trace,
     accelerate,
-    fixed_schedule,
     observe,
     record,
 )
@@ -197,11 +196,6 @@ def run_variant(
         picture = sample(view, request)
         seconds = time.perf_counter() - start
     return Variant(schedule, picture, trace, seconds - trace.spent_seconds, estimates, storage)
-
-
-def plan(config: ReuseConfig, request: Request, num_blocks: int) -> Schedule:
-    """The fixed schedule of a request."""
-    return fixed_schedule(config, request.steps, num_blocks)
 
 
 def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) -> dict[str, Any]:

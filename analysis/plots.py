@@ -61,7 +61,7 @@ def _cell_texts(cosine: NDArray[np.floating], schedule: Schedule) -> list[list[s
     def text(block: int, step: int) -> str:
         value = cosine[block, step]
         likeness = "nothing to compare yet" if np.isnan(value) else f"cosine {value:.5f}"
-        reused = sources[step] is not None and block <= schedule.cutoff_block
+        reused = sources[step] is not None and block <= schedule.cutoff_at(step)
         fate = f"reused from step {sources[step]}" if reused else "computed"
         return f"block {block}, step {step}<br>{likeness}<br>{fate}"
 
@@ -73,7 +73,7 @@ def _draw_schedule(figure: go.Figure, schedule: Schedule, num_blocks: int) -> No
     if not reuse:
         return
     cached = [step for step, kind in enumerate(schedule) if kind is StepKind.CACHE]
-    cells = [(step, block) for step in reuse for block in range(schedule.cutoff_block + 1)]
+    cells = [(step, block) for step in reuse for block in range(schedule.cutoff_at(step) + 1)]
     figure.add_scatter(
         x=[step for step, _ in cells],
         y=[block for _, block in cells],

@@ -18,10 +18,10 @@ from diffusers import (
 from torch import Tensor
 
 from analysis.calibration import Calibration
-from analysis.experiment import Request, plan, sample
+from analysis.experiment import Request, sample
 from analysis.optional_rivals import cache_dit_mask, cache_dit_threshold, output_errors, smooth_cache
 from analysis.restoring import restored
-from blockdance import Extrapolated, ReuseConfig, accelerate, load_demo_profile
+from blockdance import Extrapolated, ReuseConfig, accelerate, fixed_schedule, load_demo_profile
 from blockdance.accelerate import PAPER
 from blockdance.plan import Planner
 from blockdance.scheduled import depth_of
@@ -81,7 +81,7 @@ def block_dance(pipe: Any, request: Request, knob: str, storage: StorageRule = P
     """`N,i,start`: interval, cutoff block, and where the window starts; it ends at 0.95."""
     interval, cutoff, start = knob.split(",")
     config = ReuseConfig(int(interval), int(cutoff), float(start), 0.95)
-    return accelerate(pipe, plan(config, request, depth_of(pipe)), storage=storage)
+    return accelerate(pipe, fixed_schedule(config, request.steps, depth_of(pipe)), storage=storage)
 
 
 def first_block_cache(pipe: Any, request: Request, knob: str) -> AbstractContextManager[Any]:

@@ -165,13 +165,15 @@ def update_compare(readme: Path, lines: Sequence[Record], results: Path) -> None
     Raises:
         BenchError: the file has no markers, or there are no lines.
     """
-    tables = [render_compare(some, named(results, readme)) for some in by_steps(lines).values()]
+    tables = [render_compare(some, named(results, readme), folded=True) for some in by_steps(lines).values()]
     text = "\n\n".join(tables) if tables else render_compare([], "")
     readme.write_text(between_markers(readme.read_text(), text, readme.name, BEGIN, END))
 
 
-def render_compare(lines: Sequence[Record], results: str) -> str:
-    """For each speed the least change each method reaches there; the smallest is bold.
+def render_compare(lines: Sequence[Record], results: str, folded: bool = False) -> str:
+    """For each speed who leads, and the least change each method reaches there; the smallest is bold.
+
+    With `folded` the table is one that a reader of a page opens.
 
     Raises:
         BenchError: no lines, or lines of different machines or requests.
@@ -191,7 +193,10 @@ def render_compare(lines: Sequence[Record], results: str) -> str:
     ]
     head = ["method (its setting)", *(f"at least {level:g}x" for level in LEVELS)]
     said = "\n".join(f"- {one}" for one in verdicts(found))
-    return f"{caption(lines, results)}\n\n{table(head, rows)}\n\n{said}"
+    cells = table(head, rows)
+    if folded:
+        cells = f"<details><summary>Every method, {lines[0]['steps']} steps</summary>\n\n{cells}\n\n</details>"
+    return f"{caption(lines, results)}\n\n{said}\n\n{cells}"
 
 
 def cell(one: Point | None, least: float) -> str:

@@ -27,7 +27,6 @@ from analysis.experiment import (
     control_figures,
     fewer_steps,
     figures,
-    plan,
     run_baseline,
     run_observed,
     run_variant,
@@ -36,7 +35,16 @@ from analysis.experiment import (
 from analysis.metrics import perceptual_distance
 from analysis.pictures import is_video, save
 from analysis.plots import similarity_figure
-from blockdance import BlockDanceError, OnStep, ReuseConfig, Schedule
+from blockdance import (
+    BlockDanceError,
+    ConfigError,
+    OnStep,
+    ReuseConfig,
+    Schedule,
+    fixed_schedule,
+    load_demo_profile,
+    plan,
+)
 from blockdance.presets import DEMO, PRESETS, load_pipeline
 from blockdance.scheduled import depth_of
 from blockdance.storage import RULES, rule_named
@@ -96,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"reuse ends before this fraction of the steps (default: {defaults.window_end}, or the preset's)",
     )
     parser.add_argument(
+        "--target-speedup",
+        type=float,
+        help=f"let the planner choose a schedule with this ideal speedup, above 1, instead of the four above ({DEMO} alone)",
+    )
+    parser.add_argument(
         "--storage",
         default="latest",
         help=f"what a reuse step starts from, one of {', '.join(RULES)}: the last cache step's output, as in the paper, or the "
@@ -137,13 +150,15 @@ def settings(args: argparse.Namespace) -> tuple[Request, ReuseConfig]:
 def run(args: argparse.Namespace) -> None:
     request, config = settings(args)
     rule_named(args.storage)
+    if args.target_speedup is not None and args.model != DEMO:
+        raise ConfigError(f"--target-speedup needs --model {DEMO}, as it alone ships with a profile, got {args.model!r}")
     pipe = load_pipeline(args.model)
     conditioned_on(pipe, request.prompt)
-    schedule = plan(config, request, depth_of(pipe))
+    schedule = chosen_schedule(args, request, config, depth_of(pipe))
     args.out.mkdir(parents=True, exist_ok=True)
     for word in pipe.unknown_words(request.prompt) if args.model == DEMO else []:
         print(f"note: the model does not know the word {word!r}")
-    if config.why_dense(request.steps):
+    if args.target_speedup is None and config.why_dense(request.steps):
         print(f"note: {config.why_dense(request.steps)}")
 
     baseline, variant, control, cosine = measure(pipe, request, schedule, args.storage)
@@ -162,6 +177,21 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"worst frame         {worst}: {result['lpips_of_frames'][worst]:.5f}, SSIM {result['ssim_of_frames'][worst]:.4f}"
         )
+
+
+def chosen_schedule(args: argparse.Namespace, request: Request, config: ReuseConfig, num_blocks: int) -> Schedule:
+    """What the sliders' options say, or what the planner finds.
+
+    Raises:
+        BlockDanceError: the cutoff does not fit, or the planner cannot reach its goal.
+    """
+    if args.target_speedup is None:
+        return fixed_schedule(config, request.steps, num_blocks)
+    rule, profile = rule_named(args.storage), load_demo_profile()
+    found = plan(target_speedup=args.target_speedup, steps=request.steps, storage=rule, profile=profile)
+    low, high = found.interval
+    print(f"planned             {found.schedule}, {found.distance} of nine pictures in ten {low:.2g} to {high:.2g}")
+    return found.schedule
 
 
 def measure(

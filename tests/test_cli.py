@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from analysis.metrics import Picture, psnr, shift_tolerant_lpips, ssim
-from blockdance import ReuseConfig, Schedule, fixed_schedule
+from blockdance import ReuseConfig, Schedule, fixed_schedule, load_demo_profile
 from blockdance.__main__ import main
 from blockdance.demo import MODEL_FOLDER
+from blockdance.plan import Planner
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH_HOME = ROOT.parent / "shared" / "torch_home"
@@ -49,6 +50,10 @@ class Finished:
 
 def depth() -> int:
     return json.loads((MODEL_FOLDER / "transformer" / "config.json").read_text())["num_layers"]
+
+
+def fastest() -> float:
+    return np.floor(100 * Planner(load_demo_profile(), 30).fastest) / 100
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +137,19 @@ def test_a_run_without_reuse_says_why_and_equals_the_baseline(
     assert done.result["speedup_ideal"] == 1 and set(done.result["schedule"]) == {"f"}
 
 
+def test_the_planner_may_choose_the_schedule(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--steps", "16", "--target-speedup", "1.5", "--storage", "extrapolated"]
+    run_here(monkeypatch, "red apple", *options, "--out", str(tmp_path))
+    done = Finished(tmp_path, 0, *capsys.readouterr())
+    result = done.result
+    assert f"planned             {result['schedule']}, " in done.stdout
+    assert result["speedup_ideal"] >= 1.5 and result["storage"] == "extrapolated"
+    schedule = Schedule.parse(result["schedule"], result["cutoff_block"])
+    assert len(schedule) == 16 and schedule != fixed_schedule(ReuseConfig(), 16, depth())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -142,6 +160,15 @@ def test_a_run_without_reuse_says_why_and_equals_the_baseline(
         (["apple", "--guidance", "nan"], "guidance must be a number in [1, 20], got nan"),
         (["apple", "--sampler", "Euler"], "sampler must be one of DDIM, DPM-Solver++, Heun, got 'Euler'"),
         (["apple", "--storage", "psychic"], "storage must be one of latest, extrapolated, got 'psychic'"),
+        (
+            ["apple", "--target-speedup", "nan"],
+            f"target_speedup must be above 1 and at most {fastest():.2f} with this model and steps, got nan",
+        ),
+        (["apple", "--target-speedup", "2", "--steps", "3"], "steps must be at least 4 to reuse anything, got 3"),
+        (
+            ["dog", "--model", "dit-xl-2-256", "--target-speedup", "2"],
+            "--target-speedup needs --model demo, as it alone ships with a profile, got 'dit-xl-2-256'",
+        ),
         (["  "], "prompt must be a text that is not empty, got '  '"),
         (["apple", "--reuse-interval", "0"], "reuse_interval must be an integer of at least 1, got 0"),
         (["apple", "--cutoff-block", "-1"], "cutoff_block must be None or an integer of at least 0, got -1"),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from analysis.__main__ import main
 from analysis.compare import COMPARE_RESULTS, PROMPTS, check_methods, compare, compare_one, draw_counted, read_prompts
-from analysis.experiment import Request, plan, with_sampler
+from analysis.experiment import Request, with_sampler
 from analysis.memory import peak_bytes
 from analysis.metrics import shift_tolerant_lpips
 from analysis.optional_rivals import check_installed, is_installed, smooth_schedule
@@ -37,7 +37,7 @@ from analysis.tables_compare import (
     verdicts,
     write_curves,
 )
-from blockdance import ReuseConfig, load_demo_pipeline
+from blockdance import ReuseConfig, fixed_schedule, load_demo_pipeline
 from blockdance.demo import DemoPipeline
 from tests.tiny import quiet, vae
 
@@ -176,7 +176,7 @@ def test_two_processes_write_the_lines_of_one(tmp_path: Path) -> None:
 
 def test_what_runs_is_what_is_counted(pipe: DemoPipeline) -> None:
     lines = compare_one(pipe, REQUEST, SETTINGS, shift_tolerant_lpips(), dict.fromkeys(SETTINGS, 0))
-    schedule = plan(ReuseConfig(2, 9, 0.4, 0.95), REQUEST, 14)
+    schedule = fixed_schedule(ReuseConfig(2, 9, 0.4, 0.95), REQUEST.steps, 14)
     assert [line["block_evaluations"] for line in lines] == [schedule.block_evaluations(14), 6 * 14]
     assert [line["speedup_ideal"] for line in lines] == pytest.approx([schedule.ideal_speedup(14), 2.0])
     assert draw_counted(pipe, REQUEST)[1] == lines[1]["macs"] * 2
@@ -248,7 +248,9 @@ def test_the_best_at_a_speed_is_the_least_change_among_those_that_are_fast_enoug
 
 
 def test_the_table_says_who_wins_at_each_speed_also_where_it_is_a_rival() -> None:
-    head, _, *rows = render_compare(LINES, "compare.jsonl").splitlines()[2:]
+    _, said, grid = render_compare(LINES, "compare.jsonl").split("\n\n")
+    assert said.startswith("- 1.25x: blockdance (0.004") and said.count("\n- ") == 3
+    head, _, *rows = grid.splitlines()
     cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
     fewer, ours = (next(row for name, row in cells.items() if name.startswith(method)) for method in ("fewer", "blockdance"))
     assert head.count("at least") == 4
@@ -298,6 +300,7 @@ def test_the_readme_takes_the_table_and_the_figure_has_a_curve_for_each(tmp_path
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n\n{BEGIN}\n{END}\n\nAfter.\n")
     update_compare(readme, LINES, tmp_path / "compare.jsonl")
+    assert "<details><summary>Every method, 30 steps</summary>\n\n| method" in readme.read_text()
     assert "[`compare.jsonl`](compare.jsonl)" in readme.read_text() and readme.read_text().endswith("After.\n")
     figure = compare_figure(LINES)
     assert [curve.name for curve in figure.data] == ["fewer-steps", "blockdance"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.experiment import Request, plan, run_variant
+from analysis.experiment import Request, run_variant
 from analysis.metrics import shift_tolerant_lpips
 from app.engine import Engine, Memory, View
-from blockdance import ConfigError, ReuseConfig, Schedule, ScheduleError, load_demo_pipeline
+from blockdance import ConfigError, ReuseConfig, Schedule, ScheduleError, fixed_schedule, load_demo_pipeline
 from blockdance.demo import DemoPipeline
 
 REQUEST = Request("red apple", steps=8)
@@ -60,7 +60,7 @@ def last_view(engine: Engine, request: Request = REQUEST, config: ReuseConfig | 
 def test_the_last_view_is_complete_and_has_the_bits_of_a_full_run(engine: Engine) -> None:
     view = last_view(engine)
     assert view.phase == "done" and view.baseline is not None and view.variant is not None and view.control is not None
-    full = run_variant(engine.pipe, REQUEST, plan(CONFIG, REQUEST, engine.num_blocks))
+    full = run_variant(engine.pipe, REQUEST, fixed_schedule(CONFIG, REQUEST.steps, engine.num_blocks))
     assert np.array_equal(view.variant.picture, full.picture)
     assert not np.array_equal(view.variant.picture, view.baseline.picture)
     assert view.variant.figures["replayed_steps"] == 2

@@ -492,3 +492,14 @@ def test_the_comparison_with_rivals_is_on_the_page_and_says_who_wins(page: Page)
         expect(compared.locator("li").first).to_have_text(told[steps]["verdicts"][0])
         names = page.evaluate("document.querySelector('[data-plot=compared]').data.map(({name}) => name)")
         assert {"fewer-steps", "blockdance", "first-block-cache"} <= set(names)
+
+
+def test_the_dots_of_the_trade_off_are_a_list_that_keys_reach(page: Page) -> None:
+    page.locator("[data-part=tradeoff]").scroll_into_view_if_needed()
+    page.get_by_text("The dots as a list").click()
+    runs = page.locator(".bd-dots button")
+    expect(runs).to_have_count(24)
+    fastest = runs.last
+    text = fastest.inner_text()
+    fastest.press("Enter")
+    expect(page.locator(".bd-plan")).to_contain_text(f"Schedule {text.split(',')[0]}.")

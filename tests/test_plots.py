@@ -101,6 +101,14 @@ def test_the_map_shows_every_block_and_step_to_the_edges_of_their_cells() -> Non
     assert tuple(layout.yaxis.range) == (-0.5, BLOCKS - 0.5)
 
 
+def test_each_reuse_step_is_hatched_up_to_its_own_cutoff() -> None:
+    figure = similarity_figure(cosine_map(), Schedule.parse("ffcr1r3fff", 0))
+    hatched = list(zip(figure.data[1].x, figure.data[1].y, strict=True))
+    assert hatched == [(3, 0), (3, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
+    fates = figure.data[0].customdata
+    assert [fates[2][step].split("<br>")[-1] for step in (3, 4)] == ["computed", "reused from step 2"]
+
+
 def test_a_map_of_a_single_step_is_a_figure_too() -> None:
     figure = similarity_figure(np.full((BLOCKS, 1), np.nan), Schedule.dense(1))
     assert [row[0].split("<br>")[1:] for row in figure.data[0].customdata] == [["nothing to compare yet", "computed"]] * BLOCKS

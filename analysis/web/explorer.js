@@ -171,6 +171,7 @@ const SKELETON = `
   <section data-part="tradeoff" class="bd-tradeoff"><h2>Trade-off</h2>
     <p class="bd-note">Each dot is a run of this prompt: speedup against difference from the baseline, lower is closer. The line joins the best. Click a dot to
     load it. Where the control, fewer steps without any cache, lies lower, it wins.</p><div data-plot="tradeoff"></div>
+    <details class="bd-dots"><summary>The dots as a list</summary><div></div></details>
     <div class="bd-compared" hidden><div class="bd-line"><h2>Against what you would pick instead</h2><div class="bd-counts" role="group" aria-label="Steps"></div></div>
     <p class="bd-note"></p><div data-plot="compared"></div><ul class="bd-note"></ul></div></section>
   <section data-part="analysis" class="bd-analysis"><h2>Step by step, block by block</h2>
@@ -419,7 +420,7 @@ class Explorer {
 
   /** Show a schedule that the planner found, and what it predicts. */
   usePlan({schedule, cutoff_block, storage, speedup_ideal, predicted, interval, distance}) {
-    this.plan = {schedule, cutoff_block, storage, text: `Planned: ${times(speedup_ideal)} ideal. Predicted ${distance}: ${tiny(predicted)}; for nine pictures in ten ${tiny(interval[0])} to ${tiny(interval[1])}.`};
+    this.plan = {schedule, cutoff_block, storage, text: `Planned: ${times(speedup_ideal)} ideal. Predicted ${distance}: ${tiny(predicted)}; for nine pictures in ten ${tiny(interval[0])} to ${tiny(interval[1])} (known of DDIM at guidance 4).`};
     this.set({config: {cutoff: cutoff_block}, storage, edited: schedule});
   }
 
@@ -933,9 +934,20 @@ class Explorer {
       series("fewer steps, no cache", controls, {mode: "lines+markers", marker: {color: KIND_COLOURS.f, size: 8, symbol: "square"}, line: {color: KIND_COLOURS.f, dash: "dot"}}),
     ];
     if (run?.speedup_measured) data.push(series("shown", [run], {mode: "markers", marker: {color: "rgba(0,0,0,0)", size: 16, line: {color: KIND_COLOURS.r, width: 3}}}));
+    this.listDots(dots, controls, told);
     const plot = this.$("[data-plot=tradeoff]");
     react("tradeoff", data, layout("speedup, measured", "LPIPS (difference from the baseline)", {height: 360, yaxis: {title: {text: "LPIPS (difference)"}, rangemode: "tozero", gridcolor: "rgba(128, 128, 128, 0.25)"}}))
       .then(() => { plot.removeAllListeners?.("plotly_click"); plot.on("plotly_click", ({points}) => this.load(points[0].customdata)); });
+  }
+
+  /** What the trade-off shows, for keys and for readers aloud. */
+  listDots(dots, controls, told) {
+    const figures = (dot) => `${times(dot.speedup_measured)}, LPIPS ${small(dot.lpips)}`, place = this.$(".bd-dots div");
+    const shown = [...dots, ...controls].map(figures).join();
+    if (place.dataset.shown === shown) return; // a key may be on one of the buttons
+    place.dataset.shown = shown;
+    place.replaceChildren(h("ul", {}, ...dots.map((dot) => h("li", {}, h("button", {type: "button", onclick: () => this.load([dot.schedule, dot.cutoff_block, storageOf(dot)])}, told(dot)), ` ${figures(dot)}`)),
+      ...controls.map((dot) => h("li", {}, `${dot.steps} steps without a cache ${figures(dot)}`))));
   }
 
   /** Show a schedule: as the sliders would say it if they can, else as one edited by hand. */
