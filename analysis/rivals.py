@@ -212,7 +212,7 @@ METHODS = {
     "first-block-cache": Method("threshold", ("0.03", "0.05", "0.08", "0.12", "0.2"), first_block_cache),
     "taylorseer": Method("interval, order", ("2,0", "2,1", "3,1", "3,2", "4,1"), taylorseer),
     "pab": Method("range", ("2", "3", "5"), pyramid_attention_broadcast),
-    "magcache": Method("threshold", ("0.02", "0.06", "0.15"), mag_cache, prepare=MAGNITUDE_RATIOS),
+    "magcache": Method("threshold", ("0.02", "0.03", "0.04", "0.06", "0.1", "0.15"), mag_cache, prepare=MAGNITUDE_RATIOS),
     "cache-dit": Method(
         "threshold, warm-up of 30",
         ("0.03,3", "0.05,3", "0.08,3", "0.12,3", "0.2,3"),
