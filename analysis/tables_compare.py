@@ -227,7 +227,7 @@ def compare_figure(lines: Sequence[Record]) -> go.Figure:
     for column, some in enumerate(panels.values(), start=1):
         found = points(some)
         for name, colour in zip(METHODS, cycle(qualitative.Dark24), strict=False):
-            curve = [one for one in found if one.method == name]
+            curve = [one for one in found if one.method == name and one.lpips > 0]  # 0 has no place on this axis
             if curve:
                 figure.add_trace(trace(name, curve, colour, column == 1), 1, column)
     figure.update_xaxes(title="measured speedup")

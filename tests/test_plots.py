@@ -102,7 +102,7 @@ def test_the_map_shows_every_block_and_step_to_the_edges_of_their_cells() -> Non
 
 
 def test_each_reuse_step_is_hatched_up_to_its_own_cutoff() -> None:
-    figure = similarity_figure(cosine_map(), Schedule.parse("ffcr1r3fff", 0))
+    figure = similarity_figure(cosine_map(), Schedule.parse("ffcr1r3fffff", 0))
     hatched = list(zip(figure.data[1].x, figure.data[1].y, strict=True))
     assert hatched == [(3, 0), (3, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
     fates = figure.data[0].customdata

@@ -907,7 +907,8 @@ class Explorer {
     for (const button of this.all(".bd-counts button")) button.setAttribute("aria-pressed", button.dataset.steps === this.comparedAt);
     this.$(".bd-compared p").textContent = `${prompts} prompts, each method at several settings, timed side by side when the page was made: the mean over prompts. Least change at least so fast:`;
     this.$(".bd-compared ul").replaceChildren(...verdicts.map((text) => h("li", {}, text)));
-    const data = Object.entries(curves).filter(([, points]) => points.length).map(([name, points]) => {
+    const data = Object.entries(curves).filter(([, all]) => all.length).map(([name, all]) => {
+      const points = all.filter((one) => one.lpips > 0);  // what skips nothing changes nothing, and has no place on a logarithmic axis
       const ours = name.startsWith("blockdance");
       return {name, x: points.map((one) => one.speedup), y: points.map((one) => one.lpips), mode: "lines+markers", line: {width: ours ? 3 : 1.5, dash: ours ? "solid" : "dot"},
               error_y: {array: points.map((one) => one.interval[1] - one.lpips), arrayminus: points.map((one) => one.lpips - one.interval[0]), thickness: 1, width: 2},
