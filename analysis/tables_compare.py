@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,10 @@ RESAMPLES = 2000
 COMMAND = "python -m analysis compare"
 CURVES = ATLAS / "comparison.json"
 """The curves as the page shows them."""
+GREY = qualitative.D3[7]
+VIVID = [colour for colour in (*qualitative.D3, *qualitative.Vivid[1:]) if colour != GREY]
+COLOURS = dict(zip(METHODS, [GREY, *VIVID], strict=False))
+"""By method, grey for fewer steps; they show on light and on dark ground."""
 OURS = "blockdance"
 """What the names of our methods begin with."""
 
@@ -148,6 +151,7 @@ def write_curves(file: Path, lines: Sequence[Record]) -> None:
     told: dict[str, Any] = {
         "lpips_name": lines[0]["lpips_name"],
         "prompts": len({line["prompt"] for line in lines}),
+        "colours": COLOURS,
         "steps": {},
     }
     for steps, some in by_steps(lines).items():
@@ -226,10 +230,10 @@ def compare_figure(lines: Sequence[Record]) -> go.Figure:
     figure = make_subplots(1, len(panels), shared_yaxes=True, subplot_titles=[f"{steps} steps" for steps in panels])
     for column, some in enumerate(panels.values(), start=1):
         found = points(some)
-        for name, colour in zip(METHODS, cycle(qualitative.Dark24), strict=False):
+        for name in METHODS:
             curve = [one for one in found if one.method == name and one.lpips > 0]  # 0 has no place on this axis
             if curve:
-                figure.add_trace(trace(name, curve, colour, column == 1), 1, column)
+                figure.add_trace(trace(name, curve, column == 1), 1, column)
     figure.update_xaxes(title="measured speedup")
     figure.update_yaxes(type="log")
     figure.update_yaxes(title=f"difference from the baseline: {lines[0]['lpips_name']}, mean", exponentformat="power", col=1)
@@ -237,7 +241,7 @@ def compare_figure(lines: Sequence[Record]) -> go.Figure:
     return figure
 
 
-def trace(name: str, curve: Sequence[Point], colour: str, in_legend: bool) -> go.Scatter:
+def trace(name: str, curve: Sequence[Point], in_legend: bool) -> go.Scatter:
     """One method's curve, with intervals; ours are drawn through."""
     ours = name.startswith(OURS)
     return go.Scatter(
@@ -252,6 +256,6 @@ def trace(name: str, curve: Sequence[Point], colour: str, in_legend: bool) -> go
         legendgroup=name,
         showlegend=in_legend,
         mode="lines+markers",
-        line={"color": colour, "width": 3 if ours else 1.5, "dash": "solid" if ours else "dot"},
+        line={"color": COLOURS[name], "width": 3 if ours else 1.5, "dash": "solid" if ours else "dot"},
         text=[f"{METHODS[name].knob}: {one.knob}, worst {short(one.worst)}, SSIM {one.ssim:.4f}" for one in curve],
     )

@@ -903,20 +903,21 @@ class Explorer {
   }
 
   drawComparison(layout, react) {
-    const {lpips_name, prompts, steps} = this.comparison, {curves, verdicts} = steps[this.comparedAt];
+    const {lpips_name, prompts, steps, colours} = this.comparison, {curves, verdicts} = steps[this.comparedAt];
     for (const button of this.all(".bd-counts button")) button.setAttribute("aria-pressed", button.dataset.steps === this.comparedAt);
-    this.$(".bd-compared p").textContent = `${prompts} prompts, each method at several settings, timed side by side when the page was made: the mean over prompts. Least change at least so fast:`;
+    this.$(".bd-compared p").textContent = `${prompts} prompts, each method at several settings, timed side by side when the page was made: the mean over prompts. Below it, for every speed, who changes the picture least.`;
     this.$(".bd-compared ul").replaceChildren(...verdicts.map((text) => h("li", {}, text)));
     const data = Object.entries(curves).filter(([, all]) => all.length).map(([name, all]) => {
       const points = all.filter((one) => one.lpips > 0);  // what skips nothing changes nothing, and has no place on a logarithmic axis
       const ours = name.startsWith("blockdance");
-      return {name, x: points.map((one) => one.speedup), y: points.map((one) => one.lpips), mode: "lines+markers", line: {width: ours ? 3 : 1.5, dash: ours ? "solid" : "dot"},
+      return {name, x: points.map((one) => one.speedup), y: points.map((one) => one.lpips), mode: "lines+markers", line: {color: colours[name], width: ours ? 3 : 1.5, dash: ours ? "solid" : "dot"},
               error_y: {array: points.map((one) => one.interval[1] - one.lpips), arrayminus: points.map((one) => one.lpips - one.interval[0]), thickness: 1, width: 2},
               text: points.map((one) => `${name} ${one.knob}: worst ${small(one.worst)}, SSIM ${one.ssim.toFixed(4)}, ${(one.peak_bytes / 2 ** 20).toFixed(1)} MiB`),
               hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.6f}<extra></extra>"};
     });
+    const narrow = this.$("[data-plot=compared]").clientWidth < 600;  // a legend of one column
     const axis = {title: {text: `${lpips_name}, mean`}, type: "log", gridcolor: "rgba(128, 128, 128, 0.25)", exponentformat: "power"};
-    react("compared", data, layout("speedup, measured", "", {height: 460, yaxis: axis, legend: {orientation: "h", y: -0.2}}));
+    react("compared", data, layout("speedup, measured", "", {height: narrow ? 680 : 460, yaxis: axis, legend: {orientation: "h", y: -0.25}}));
   }
 
   drawTradeoff(scene, run, layout, react) {
