@@ -167,11 +167,12 @@ def test_two_processes_write_the_lines_of_one(tmp_path: Path) -> None:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error.decode()
     lines = [[json.loads(text) for text in (tmp_path / name / "results.jsonl").open()] for name in ("one", "two")]
-    clocks = {"seconds", "baseline_seconds", "speedup_measured"}
+    measured = {"seconds", "baseline_seconds", "speedup_measured", "peak_bytes"}
     assert len(lines[0]) == 3 * sum(len(METHODS[name].sweep) for name in ("fewer-steps", "blockdance"))
-    assert [{key: line[key] for key in line.keys() - clocks} for line in lines[0]] == [
-        {key: line[key] for key in line.keys() - clocks} for line in lines[1]
+    assert [{key: line[key] for key in line.keys() - measured} for line in lines[0]] == [
+        {key: line[key] for key in line.keys() - measured} for line in lines[1]
     ]
+    assert [line["peak_bytes"] for line in lines[0]] == pytest.approx([line["peak_bytes"] for line in lines[1]], rel=0.1)
 
 
 def test_what_runs_is_what_is_counted(pipe: DemoPipeline) -> None:

@@ -86,6 +86,13 @@ def test_no_schedule_is_better_than_the_planned_one(rule: StorageRule) -> None:
     assert frontier.most == (STEPS - 1) * 3
 
 
+def test_a_step_weighs_less_where_there_are_more_of_them() -> None:
+    profile, steps, more = load_demo_profile(), 30, 59
+    few, many = profile.expected(steps).sensitivity, profile.expected(more).sensitivity
+    for block in profile.blocks:
+        assert many[block][::2] == pytest.approx(few[block] * np.sqrt(steps / more))  # so squares add up to the same
+
+
 def test_cache_steps_of_a_plan_are_those_that_are_looked_back_to() -> None:
     for saved in (3, 8, 12):
         schedule = Frontier(expected_of(STEPS), STEPS, DEPTH, Extrapolated()).schedule(saved)

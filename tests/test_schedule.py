@@ -88,6 +88,12 @@ def test_a_cache_step_keeps_what_later_reuse_steps_start_from() -> None:
     assert [sorted(schedule.blocks_kept_at(step, points=2)) for step in (0, 1, 4)] == [[9, 12], [9, 12], [12]]
 
 
+def test_a_cache_step_keeps_nothing_for_groups_that_have_newer_ones() -> None:
+    schedule = Schedule.parse("fcr9cr12cr5cf", cutoff_block=0)
+    assert [sorted(schedule.blocks_kept_at(step)) for step in (1, 3, 5)] == [[9], [12], [5]]
+    assert [sorted(schedule.blocks_kept_at(step, points=2)) for step in (1, 3, 5)] == [[9, 12], [5, 12], [5]]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
