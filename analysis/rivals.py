@@ -22,8 +22,8 @@ from analysis.experiment import Request, sample
 from analysis.optional_rivals import cache_dit_mask, cache_dit_threshold, output_errors, smooth_cache
 from analysis.restoring import restored
 from blockdance import Extrapolated, ReuseConfig, accelerate, fixed_schedule, load_demo_profile
-from blockdance.accelerate import PAPER
 from blockdance.plan import Planner
+from blockdance.reuser import PAPER
 from blockdance.scheduled import depth_of
 from blockdance.storage import Residual, StorageRule
 

@@ -33,7 +33,7 @@ from analysis.metrics import PerceptualDistance
 from analysis.pictures import Picture
 from analysis.timing import Timing, time_interleaved
 from blockdance import OnStep, ReuseConfig, Schedule, Trace
-from blockdance.accelerate import schedule_for
+from blockdance.reuser import schedules_for
 from blockdance.scheduled import depth_of
 from blockdance.storage import rule_named
 
@@ -244,7 +244,7 @@ class Engine:
         rule_named(storage)
         conditioned_on(self.pipe, request.prompt)
         note = config.why_dense(request.steps) if isinstance(config, ReuseConfig) else None
-        return Job(View(request, schedule_for(config, request.steps, self.num_blocks), storage, note))
+        return Job(View(request, schedules_for(config, request.steps, self.num_blocks)[0], storage, note))
 
     def _news_of(self, job: Job, work: Callable[[Job], None]) -> Iterator[View]:
         """Do a job on a worker thread and yield its views; closing the iterator cancels it within a step."""

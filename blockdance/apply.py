@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blockdance.accelerate import Reuser
 from blockdance.errors import ConfigError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.patch import ACTIVE, applied_class, block_class, check_free, in_a_session, swap_in, swap_out
+from blockdance.reuser import Reuser
 from blockdance.schedule import ReuseConfig, Schedule, check_cutoff, default_cutoff
 from blockdance.session import Session, same_tensors, tensors_of
 from blockdance.trace import Trace

@@ -17,5 +17,9 @@ class UnsupportedModelError(BlockDanceError):
     """The pipeline or its transformer cannot be accelerated; the message says why and what to do instead."""
 
 
+class PolicyError(BlockDanceError):
+    """A policy cannot be loaded, or was trained for another model."""
+
+
 class SessionError(BlockDanceError):
     """The pipeline is used in a way that would break exactness: nested accelerate, an unknown step, a wrong replay."""

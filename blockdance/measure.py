@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blockdance.accelerate import PAPER, accelerate
+from blockdance.accelerate import accelerate
 from blockdance.errors import ConfigError
 from blockdance.frontier import schedule_saving
 from blockdance.observe import Observation, observe
 from blockdance.profile import Products, Profile
 from blockdance.replay import Recording, record
+from blockdance.reuser import PAPER
 from blockdance.schedule import MIN_STEPS, Schedule, StepKind, default_cutoff
 from blockdance.scheduled import depth_of
 from blockdance.storage import StorageRule

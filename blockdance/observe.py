@@ -87,6 +87,8 @@ class Observer(Part):
     done once a step for all blocks together.
     """
 
+    needs_whole_batches = True
+
     def __init__(self, observation: Observation, keep_blocks: Sequence[int] = ()) -> None:
         self.observation = observation
         self.keep_blocks = keep_blocks

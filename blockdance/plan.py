@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blockdance.accelerate import PAPER
 from blockdance.errors import ConfigError
 from blockdance.frontier import Frontier
 from blockdance.measure import Distance, OnRun, Pixels, measure_profile
 from blockdance.profile import Profile
+from blockdance.reuser import PAPER
 from blockdance.schedule import Schedule
 from blockdance.storage import StorageRule
 

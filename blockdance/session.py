@@ -1,8 +1,8 @@
 """One session: a transformer in use, and the parts that take part in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from blockdance.adapters import Streams, blocks_of, parameter_names, stack_of
-from blockdance.errors import UnsupportedModelError
+from blockdance.batch import arguments_for, rows_of, together
+from blockdance.errors import SessionError, UnsupportedModelError
 from blockdance.patch import block_class, swapped
 from blockdance.schedule import StepKind
 from blockdance.selftest import candidate_stacks, proven_stack
@@ -33,7 +34,10 @@ class ModelCall:
     depth: int
     """Blocks the plain model runs in this call: all but those that skip-layer guidance leaves out."""
     kind: StepKind = StepKind.FULL
-    blocks_evaluated: int = 0
+    blocks_evaluated: float = 0
+    """Of a batch that is run in parts, the mean over its samples."""
+    samples: tuple[int, ...] | None = None
+    """Which samples of the batch it is about, if the batch is run in parts; else all."""
     replayed_seconds: float | None = None
     """Seconds the whole step took when it was recorded, if this call's output was replayed."""
 
@@ -45,12 +49,21 @@ class Part:
     """Whether it may keep blocks from running."""
     needs_the_baseline = False
     """Whether it makes sense only where every block runs."""
+    needs_whole_batches = False
+    """Whether it cannot follow a batch that is run in parts."""
 
     def begin_run(self, session: "Session") -> None:
         """A new run of `session.num_steps` steps begins."""
 
     def begin_call(self, call: ModelCall) -> Any:
         """Before the transformer runs. Returns its output to have it not run at all, else None."""
+
+    def parts_of(self, call: ModelCall) -> Sequence[Sequence[int]]:
+        """Lists of samples that shall be run by themselves in this call; together all of them. Empty for one call of all."""
+        return ()
+
+    def begin_part(self, call: ModelCall) -> None:
+        """Before some samples of a call are run by themselves; `call` is about these."""
 
     def watches_blocks(self, call: ModelCall) -> bool:
         """Whether `before_block` and `after_block` matter in this call, which `begin_call` has seen."""
@@ -124,11 +137,31 @@ class Session:
         for part in self.parts:
             output = part.begin_call(call) if output is None else output
         if output is None:
-            with self._blocks_watched(call):
-                output = self._uncompiled(run)(model, *args, **kwargs)
+            lists = next((lists for part in self.parts if (lists := part.parts_of(call))), ())
+            output = self._run_parts(run, model, call, lists) if lists else self._run_blocks(run, model, call)
         for part in self.parts:
             part.end_call(call, output)
         return output
+
+    def _run_blocks(self, run: Callable[..., Any], model: nn.Module, call: ModelCall) -> Any:
+        with self._blocks_watched(call):
+            return self._uncompiled(run)(model, *call.args, **call.kwargs)
+
+    def _run_parts(self, run: Callable[..., Any], model: nn.Module, call: ModelCall, lists: Sequence[Sequence[int]]) -> Any:
+        """One call as several, each of some of its samples."""
+        if any(part.needs_whole_batches for part in self.parts):
+            raise SessionError("observe sees whole batches; run samples that differ in their schedules one at a time")
+        values, num_samples = self.named(call.args, call.kwargs), sum(map(len, lists))
+        rows = [torch.tensor(rows_of(samples, num_samples, call.rows)) for samples in lists]
+        outputs = []
+        for samples, chosen in zip(lists, rows, strict=True):
+            kwargs = arguments_for(values, chosen, call.rows)
+            part = replace(call, args=(), kwargs=kwargs, rows=len(chosen), samples=tuple(samples), blocks_evaluated=0)
+            for one in self.parts:
+                one.begin_part(part)
+            outputs.append(self._run_blocks(run, model, part))
+            call.blocks_evaluated += part.blocks_evaluated * len(samples) / num_samples
+        return together(outputs, rows)
 
     @contextmanager
     def _blocks_watched(self, call: ModelCall) -> Iterator[None]:

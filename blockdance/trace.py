@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from blockdance.policy import Decision
 from blockdance.schedule import Schedule, StepKind
 from blockdance.scheduled import joined
 from blockdance.session import ModelCall, Part, Session
@@ -23,8 +24,9 @@ class StepRecord:
 
     kind: StepKind
     """What the step did, which is what the schedule said unless a stored tensor did not fit."""
-    blocks_evaluated: int
-    """Blocks that ran, over all calls of the step (a replayed step counts what ran when it was recorded)."""
+    blocks_evaluated: float
+    """Blocks that ran, over all calls of the step (a replayed step counts what ran when it was recorded). Where samples of a
+    batch differ, the mean over them, and a whole number otherwise."""
     blocks_total: int
     """Blocks the plain pipeline runs in this step, over all its calls."""
     seconds: float
@@ -41,6 +43,10 @@ class Trace:
     num_blocks: int
     schedule: Schedule | None = None
     """What was planned; None before a run has begun."""
+    schedules: tuple[Schedule, ...] = ()
+    """Of each sample, if they were given or decided one by one; `schedule` is the first of them."""
+    decisions: tuple[Decision, ...] = ()
+    """What a policy decided in this run, for each sample."""
     note: str | None = None
     """Why the run reuses nothing, as a sentence, if it was asked to and cannot."""
     cache_bytes: int = 0
@@ -58,7 +64,7 @@ class Trace:
         return sum(step.spent_seconds for step in self.steps)
 
     @property
-    def block_evaluations(self) -> int:
+    def block_evaluations(self) -> float:
         """Blocks run in total."""
         return sum(step.blocks_evaluated for step in self.steps)
 
@@ -93,6 +99,7 @@ class Trace:
             "baseline_block_evaluations": self.baseline_block_evaluations,
             "speedup_ideal": self.speedup_ideal,
             "cache_bytes": self.cache_bytes,
+            **({"schedules": [str(one) for one in self.schedules]} if len(self.schedules) > 1 else {}),
             "steps": [asdict(step) | {"kind": step.kind.value} for step in self.steps],
         }
 
