@@ -37,17 +37,18 @@ class Frontier:
         num_steps: of the run.
         num_blocks: L.
         rule: what reuse steps start from.
+        first: no step before this one reuses.
 
     Raises:
         ConfigError: a rule that looks back to more than two cache steps, or at the model's input.
     """
 
-    def __init__(self, expected: Expected, num_steps: int, num_blocks: int, rule: StorageRule) -> None:
+    def __init__(self, expected: Expected, num_steps: int, num_blocks: int, rule: StorageRule, first: int = 1) -> None:
         if rule.points > MAX_POINTS or rule.wants_inputs:
             raise ConfigError(
                 f"storage must be Latest() or Extrapolated() of {MAX_POINTS} points to be planned with, got {rule!r}"
             )
-        self.num_steps, self.num_blocks, self.rule = num_steps, num_blocks, rule
+        self.num_steps, self.num_blocks, self.rule, self.first = num_steps, num_blocks, rule, first
         self.expected = expected
         self._size = 1 + (num_steps - 1) * (max(expected.products) + 1)
         start = np.full(self._size, np.inf)
@@ -85,7 +86,7 @@ class Frontier:
             after = (*donors, step)[-self.rule.points :]
             ways.setdefault(after, []).append((donors, None))
             costs.setdefault(after, []).append(cost)
-            if step - donors[-1] > LONGEST:
+            if step < self.first or step - donors[-1] > LONGEST:
                 continue
             weights = mixing_weights(self.rule, donors, step)
             for block in self.expected.products:

@@ -1,0 +1,104 @@
+"""Train a policy: `python -m blockdance.ada.train --out DIR`. Several GPUs: `accelerate launch -m blockdance.ada.train ...`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import transformers
+from accelerate import Accelerator
+
+from blockdance.ada import POLICY_FILE
+from blockdance.ada.curves import write_curves
+from blockdance.ada.policy import RHO
+from blockdance.ada.quality import QUALITIES, quality_named
+from blockdance.ada.reinforce import BASELINES
+from blockdance.ada.rollouts import Studio
+from blockdance.ada.trainer import TrainConfig, Trainer
+from blockdance.errors import BlockDanceError, ConfigError
+from blockdance.presets import DEMO, load_pipeline
+from blockdance.profile import Profile
+from blockdance.schedule import check_cutoff, default_cutoff
+from blockdance.scheduled import depth_of
+from blockdance.storage import RULES, rule_named
+
+PROMPTS = POLICY_FILE.with_name("train.txt")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    like = TrainConfig()
+    parser = argparse.ArgumentParser(prog="python -m blockdance.ada.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for policy, log and curves; goes on if one is there")
+    parser.add_argument("--model", default=DEMO, help="as in `python -m blockdance` (default: %(default)s)")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="one a line (default: assets/ada/train.txt)")
+    parser.add_argument("--updates", type=int, default=like.updates, help="in all (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
+    parser.add_argument("--scenes", type=int, default=like.scenes, help="pictures an update and process (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=like.rollouts, help="schedules tried for each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=like.steps, help="sampling steps (default: 30 50)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
+    parser.add_argument("--rho", type=float, default=RHO, help="share of the run before the decision (default: %(default)s)")
+    parser.add_argument("--cutoffs", type=int, nargs="+", help="blocks to choose among (default: three quarters of the depth)")
+    parser.add_argument("--storage", choices=RULES, default="latest", help="what reuse starts from (default: %(default)s)")
+    parser.add_argument("--baseline", choices=BASELINES, default=like.baseline, help="the paper's: none (default: %(default)s)")
+    parser.add_argument("--quality", choices=QUALITIES, default="lpips", help="Q of the reward (default: minus LPIPS)")
+    parser.add_argument("--quality-weight", type=float, help="lambda, or where it starts (the paper's: 2, for ImageReward)")
+    parser.add_argument("--one-saving", action="store_true", help="the paper's: lambda is fixed, no saving is asked for")
+    parser.add_argument("--learning-rate", type=float, default=like.learning_rate, help="of Adam (default: %(default)s)")
+    parser.add_argument("--entropy-weight", type=float, default=like.entropy_weight, help="default: %(default)s")
+    parser.add_argument("--profile", type=Path, help="start from the planner's schedules with this profile, not from chance")
+    parser.add_argument("--seed", type=int, default=like.seed, help="default: %(default)s")
+    return parser
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines that are not empty.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"prompts must be a file with at least one line, got {file.name}")
+    return lines
+
+
+def train(args: argparse.Namespace) -> None:
+    """Load, train, draw the curves.
+
+    Raises:
+        BlockDanceError: a value outside its range.
+    """
+    config = TrainConfig(
+        args.updates, args.scenes, args.rollouts, tuple(args.steps), args.baseline,
+        None if args.one_saving else TrainConfig.savings, args.quality_weight, args.learning_rate, args.entropy_weight,
+        args.seed,
+    )  # fmt: skip
+    prompts, quality = read_lines(args.prompts), quality_named(args.quality)
+    pipe = load_pipeline(args.model)
+    cutoffs = sorted(args.cutoffs or [default_cutoff(depth_of(pipe))])
+    check_cutoff(cutoffs[-1], depth_of(pipe))
+    call = {} if args.guidance is None else {"guidance_scale": args.guidance}
+    studio = Studio(pipe, args.rho, rule_named(args.storage), call)
+    accelerator = Accelerator(cpu=not next(pipe.transformer.parameters()).is_cuda)
+    profile = None if args.profile is None else Profile.load(args.profile)
+    trainer = Trainer(studio, quality, prompts, cutoffs, config, args.out, accelerator, args.storage, profile)
+    trainer.run(args.minutes)
+    if accelerator.is_main_process:
+        write_curves(args.out / "log.jsonl", args.out / "curves.html")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        train(args)
+    except (BlockDanceError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Trains a decision network by reinforcement; the diffusion model stays as it is."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from blockdance.ada.imitation import Teacher, imitate
+from blockdance.ada.policy import AdaPolicy, new_policy, trained
+from blockdance.ada.quality import Quality
+from blockdance.ada.reinforce import BASELINES, Price, advantages, entropy, policy_loss, try_some
+from blockdance.ada.rollouts import Scene, Studio, Task
+from blockdance.errors import ConfigError
+from blockdance.policy import Moment
+from blockdance.profile import Profile
+from blockdance.schedule import Schedule, StepKind
+
+CLIP_NORM = 1.0
+IMITATED = 16
+"""Pictures that the planner's schedules are shown with."""
+KEEP_EVERY = 25
+"""Updates from one checkpoint to the next."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What may be chosen.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    updates: int = 800
+    scenes: int = 4
+    """Pictures in an update, on each process."""
+    rollouts: int = 8
+    """Schedules that are tried for each of them."""
+    steps: tuple[int, ...] = (30, 50)
+    """Sampling steps; each update draws one of these."""
+    baseline: str = "leave-one-out"
+    """One of `reinforce.BASELINES`; `none` is the paper's."""
+    savings: tuple[float, float] | None = (0.2, 0.9)
+    """Range of wanted savings that the network is asked for. None is the paper's form: one network for one saving, which
+    follows from the weight of quality."""
+    quality_weight: float | None = None
+    """lambda; with wanted savings only where it starts, None for a start that makes quality weigh as much as saving."""
+    learning_rate: float = 3e-4
+    entropy_weight: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "scenes", "rollouts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.baseline not in BASELINES:
+            raise ConfigError(f"baseline must be one of {', '.join(BASELINES)}, got {self.baseline!r}")
+        if self.baseline == "leave-one-out" and self.rollouts < 2:
+            raise ConfigError(f"leave-one-out needs at least 2 rollouts, got {self.rollouts}")
+        if self.savings is None and self.quality_weight is None:
+            raise ConfigError("without wanted savings quality_weight must be given, got None")
+        if self.savings is not None and not 0 <= self.savings[0] <= self.savings[1] <= 1:
+            raise ConfigError(f"savings must be two ascending shares in [0, 1], got {self.savings!r}")
+
+
+def reuse_share(schedule: Schedule, first: int, deepest: int) -> float:
+    """C: the share of the steps from `first` on that reuse; where cutoffs differ, each counts by the blocks it skips."""
+    skipped = [
+        (schedule.cutoff_at(step) + 1) / (deepest + 1) if schedule[step] is StepKind.REUSE else 0.0
+        for step in range(first, len(schedule))
+    ]
+    return sum(skipped) / len(skipped)
+
+
+def merged(scenes: Sequence[Scene]) -> Moment:
+    """What the policy sees of several scenes with the same number of steps."""
+    moments = [scene.moment for scene in scenes]
+    text = [moment.text for moment in moments if moment.text is not None]
+    masks = [moment.text_mask for moment in moments if moment.text_mask is not None]
+    return Moment(
+        torch.cat([moment.latent for moment in moments]),
+        torch.cat(text) if text else None,
+        torch.cat(masks) if masks else None,
+        moments[0].num_steps,
+    )
+
+
+class Trainer:
+    """One training, which goes on where its folder says it was.
+
+    Args:
+        studio: draws.
+        quality: Q.
+        prompts: what to draw; each always from the same noise, so that its baseline is drawn once.
+        cutoffs: blocks to choose among.
+        config: the rest.
+        folder: for `policy.safetensors`, `log.jsonl` and the state.
+        accelerator: shares the scenes of an update among processes.
+        storage: what reuse steps start from.
+        profile: begin with the planner's schedules, and not with chance.
+    """
+
+    def __init__(
+        self, studio: Studio, quality: Quality, prompts: Sequence[str], cutoffs: Sequence[int], config: TrainConfig,
+        folder: Path, accelerator: Accelerator, storage: str = "latest",
+        profile: Profile | None = None,
+    ) -> None:  # fmt: skip
+        self.studio, self.quality, self.prompts, self.config = studio, quality, prompts, config
+        self.folder, self.accelerator = folder, accelerator
+        torch.manual_seed(config.seed)
+        example = studio.scene(Task(prompts[0], 0, config.steps[0])).moment
+        self.policy = new_policy(studio.pipe.transformer, example, cutoffs, rho=studio.rho, storage=storage)
+        self.policy.network.to(accelerator.device)
+        if profile is not None and not (folder / "state.pt").exists():
+            self._imitate(profile)
+        optimizer = torch.optim.Adam(self.policy.network.parameters(), lr=config.learning_rate)
+        self.network, self.optimizer = accelerator.prepare(self.policy.network, optimizer)
+        self.price: Price | None = None
+        self.update, self.rollouts, self.seconds = 0, 0, 0.0
+        if (folder / "state.pt").exists():
+            self._restore()
+
+    def _imitate(self, profile: Profile) -> None:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        size = min(IMITATED, len(self.prompts))
+        tasks = [[Task(self.prompts[place], place, steps) for place in range(size)] for steps in self.config.steps]
+        moments = [merged([self.studio.scene(task) for task in some]) for some in tasks]
+        imitate(Teacher(profile, self.policy), moments, self.config.savings or (0.5, 0.5), generator)
+
+    def run(self, minutes: float | None = None) -> AdaPolicy:
+        """Train to the last update, or for so many minutes, and keep what came of it."""
+        start, before = time.perf_counter(), self.seconds
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shown = self.accelerator.is_main_process
+        with tqdm(total=self.config.updates, initial=self.update, desc="ada", disable=not shown) as bar:
+            while self.update < self.config.updates:
+                told = self._update()
+                self.seconds = before + time.perf_counter() - start
+                if shown:
+                    with (self.folder / "log.jsonl").open("a") as log:
+                        log.write(json.dumps(told | {"seconds": round(self.seconds, 1)}) + "\n")
+                bar.update()
+                bar.set_postfix(saving=f"{told['saving']:.2f}", reward=f"{told['reward']:.3f}")
+                over = minutes is not None and time.perf_counter() - start > 60 * minutes
+                if self.update % KEEP_EVERY == 0 or over or self.update == self.config.updates:
+                    self._keep()
+                if self.accelerator.reduce(torch.tensor(float(over))).item():
+                    break
+        return self.policy
+
+    def _update(self) -> dict[str, Any]:
+        config, processes = self.config, self.accelerator
+        generator = torch.Generator().manual_seed(
+            (config.seed * 1_000_003 + self.update) * 4096 + 17 * processes.process_index + 1
+        )
+        num_steps = config.steps[int(torch.randint(len(config.steps), (1,), generator=generator))]
+        chosen = torch.randint(len(self.prompts), (config.scenes,), generator=generator).tolist()
+        scenes = [self.studio.scene(Task(self.prompts[place], place, num_steps)) for place in chosen]
+        low, high = config.savings or (0.5, 0.5)
+        wanted = low + (high - low) * torch.rand(config.scenes, generator=generator)
+        moment, first = merged(scenes), round(self.studio.rho * num_steps)
+        logits, cutoffs = (part.cpu() for part in self.network(moment, first, wanted))
+        tried = try_some(logits, cutoffs, config.rollouts, generator)
+        saving, quality = self._outcomes(scenes, tried.is_cache, tried.cutoffs, first)
+        weight = self._weight(wanted, quality, num_steps)
+        rewards = saving + weight[:, None] * quality
+        greedy = self._greedy_rewards(scenes, logits, cutoffs, first, weight) if config.baseline == "self-critical" else None
+        advantage = advantages(rewards, config.baseline, greedy)
+        spread = entropy(logits)
+        loss = policy_loss(logits, cutoffs, tried, advantage) - config.entropy_weight * spread
+        self.optimizer.zero_grad()
+        processes.backward(loss)
+        norm = processes.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        if config.savings is not None:
+            self._learn_price(wanted, saving.mean(dim=1), num_steps)
+        self.update += 1
+        figures = torch.stack([one.detach().mean() for one in (rewards, saving, quality, spread, weight, wanted)])
+        means = processes.reduce(figures, reduction="mean").tolist()
+        self.rollouts += processes.num_processes * config.scenes * config.rollouts
+        names = ("reward", "saving", "quality", "entropy", "quality_weight", "wanted")
+        return {
+            "update": self.update, "rollouts": self.rollouts, "steps": num_steps,
+            **dict(zip(names, means, strict=True)), "gradient_norm": float(norm),
+        }  # fmt: skip
+
+    def _outcomes(self, scenes: Sequence[Scene], is_cache: Tensor, cutoffs: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """C and Q, (scenes, rollouts), of tried schedules; every picture is drawn."""
+        savings, qualities = [], []
+        for scene, keeps, which in zip(scenes, is_cache.bool().tolist(), cutoffs.tolist(), strict=True):
+            steps = scene.task.steps
+            schedules = [self.policy.schedule_of(*one, steps) for one in zip(keeps, which, strict=True)]
+            savings.append([reuse_share(schedule, first, self.policy.cutoffs[-1]) for schedule in schedules])
+            pictures = self.studio.play(scene, schedules)
+            qualities.append(self.quality(scene.task.prompt, scene.picture, pictures))
+        return torch.tensor(savings), torch.tensor(qualities)
+
+    def _greedy_rewards(self, scenes: Sequence[Scene], logits: Tensor, cutoffs: Tensor, first: int, weight: Tensor) -> Tensor:
+        is_cache, which = (logits.detach() >= 0).float()[:, None], cutoffs.detach().argmax(dim=-1)[:, None]
+        saving, quality = self._outcomes(scenes, is_cache, which, first)
+        return saving[:, 0] + weight * quality[:, 0]
+
+    def _weight(self, wanted: Tensor, quality: Tensor, num_steps: int) -> Tensor:
+        """lambda of each scene."""
+        if self.config.savings is None:
+            return torch.full_like(wanted, float(self.config.quality_weight or 0))
+        if self.price is None:
+            typical = self.accelerator.reduce(quality.abs().mean(), reduction="mean").item()
+            self.price = Price(self.config.quality_weight or 0.5 / max(typical, 1e-9))
+        return self.price(wanted, num_steps)
+
+    def _learn_price(self, wanted: Tensor, saving: Tensor, num_steps: int) -> None:
+        """All processes learn from all savings, so that they agree."""
+        assert self.price is not None
+        rows = torch.stack([wanted, saving, torch.full_like(wanted, num_steps)], dim=1)
+        for row in self.accelerator.gather(rows):
+            self.price.learn(row[:1], row[1:2], int(row[2]))
+
+    def _keep(self) -> None:
+        """Write the policy and all it takes to go on."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        facts = asdict(self.config) | {
+            "updates": self.update, "rollouts": self.rollouts, "seconds": round(self.seconds),
+            "processes": self.accelerator.num_processes, "prompts": len(self.prompts),
+        }  # fmt: skip
+        trained(self.policy, **facts).save(self.folder / "policy.safetensors")
+        price = None if self.price is None else {"start": self.price.start, "coefficients": self.price.coefficients}
+        state = {
+            "update": self.update, "rollouts": self.rollouts, "seconds": self.seconds, "price": price,
+            "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        torch.save(state, self.folder / "state.new")
+        (self.folder / "state.new").replace(self.folder / "state.pt")
+
+    def _restore(self) -> None:
+        kept = AdaPolicy.load(self.folder / "policy.safetensors")
+        if kept.config.model != self.policy.config.model or kept.config.cutoffs != self.policy.config.cutoffs:
+            raise ConfigError(f"{self.folder.name} holds a training of another model or other cutoffs; choose another folder")
+        self.policy.network.load_state_dict(kept.network.state_dict())
+        state = torch.load(self.folder / "state.pt", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.update, self.rollouts, self.seconds = state["update"], state["rollouts"], state["seconds"]
+        if state["price"] is not None:
+            self.price = Price(state["price"]["start"])
+            self.price.coefficients = state["price"]["coefficients"]
