@@ -28,6 +28,7 @@ from blockdance import (
     observe,
     record,
 )
+from blockdance.ada import AdaPolicy
 from blockdance.scheduled import depth_of
 from blockdance.storage import rule_named
 
@@ -93,7 +94,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Variant:
-    """The run of a request with a schedule."""
+    """The run of a request with a schedule, given or decided in the run."""
 
     schedule: Schedule
     picture: Picture | Video
@@ -183,19 +184,25 @@ def run_observed(pipe: Any, request: Request, on_step: OnStep | None = None) -> 
 def run_variant(
     pipe: Any,
     request: Request,
-    schedule: Schedule,
+    schedule: Schedule | AdaPolicy,
     replay: Recording | None = None,
     on_step: OnStep | None = None,
     storage: str = "latest",
 ) -> Variant:
-    """Sample with a schedule; with a baseline's recording the steps it shares with the baseline are replayed."""
+    """Sample with a schedule or a policy; with a baseline's recording the steps it shares with the baseline are replayed.
+
+    A policy knows what its reuse steps start from, and `storage` means nothing with one.
+    """
     view = with_sampler(pipe, request.sampler)
+    if isinstance(schedule, AdaPolicy):
+        storage = schedule.config.storage_name
     session = accelerate(view, schedule, storage=rule_named(storage), replay=replay, on_step=on_step)
     with session as trace, estimates_of(view) as estimates:
         start = time.perf_counter()
         picture = sample(view, request)
         seconds = time.perf_counter() - start
-    return Variant(schedule, picture, trace, seconds - trace.spent_seconds, estimates, storage)
+    assert trace.schedule is not None
+    return Variant(trace.schedule, picture, trace, seconds - trace.spent_seconds, estimates, storage)
 
 
 def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) -> dict[str, Any]:

@@ -34,9 +34,14 @@ def is_video(picture: Picture | Video) -> bool:
 
 def as_jpeg(picture: Picture, quality: int = 90) -> Picture:
     """The picture after it was saved as a JPEG and opened again."""
+    return np.asarray(Image.open(io.BytesIO(as_jpeg_bytes(picture, quality))))
+
+
+def as_jpeg_bytes(picture: Picture, quality: int = 90) -> bytes:
+    """The file that the picture makes as a JPEG; the longer, the more there is to see."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="JPEG", quality=quality)
-    return np.asarray(Image.open(buffer))
+    return buffer.getvalue()
 
 
 def side_by_side_gif(left: Sequence[Picture], right: Sequence[Picture], scale: int = 3) -> bytes:

@@ -4,8 +4,9 @@ import itertools
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +34,8 @@ from analysis.metrics import PerceptualDistance
 from analysis.pictures import Picture
 from analysis.timing import Timing, time_interleaved
 from blockdance import OnStep, ReuseConfig, Schedule, Trace
+from blockdance.ada import AdaPolicy
+from blockdance.policy import Decision
 from blockdance.reuser import schedules_for
 from blockdance.scheduled import depth_of
 from blockdance.storage import rule_named
@@ -69,6 +72,16 @@ class Observed:
 
 
 @dataclass(frozen=True)
+class Decided:
+    """What a policy decided on one picture, and what came of it."""
+
+    request: Request
+    decision: Decision
+    baseline: Picture
+    drawn: Drawn
+
+
+@dataclass(frozen=True)
 class View:
     """What is known of a comparison so far; later views of the same comparison know more."""
 
@@ -95,6 +108,8 @@ class View:
     """The scale of a difference: `analysis.experiment.yardsticks`."""
     timing: Timing | None = None
     """Of interleaved rounds, where that was asked for."""
+    decided: tuple[Decided, ...] = ()
+    """Of a policy, where that was asked for."""
 
 
 class Memory:
@@ -189,7 +204,7 @@ class Engine:
         self.num_blocks = depth_of(pipe)
         self._model = lock or threading.Lock()
         self._baselines, self._maps, self._variants = Memory(capacity), Memory(capacity), Memory(8 * capacity)
-        self._previews, self._yardsticks = Memory(2 * capacity), Memory(capacity)
+        self._previews, self._yardsticks, self._decided = Memory(2 * capacity), Memory(capacity), Memory(8 * capacity)
         with self._model:
             warm_up(pipe, first_prompt)
 
@@ -240,6 +255,35 @@ class Engine:
 
         yield from self._news_of(self._job(request, config, storage), measure)
 
+    def decided(self, requests: Sequence[Request], policy: AdaPolicy) -> Iterator[View]:
+        """Let a policy decide on each of these pictures, and draw them with what it decided.
+
+        Raises:
+            BlockDanceError: the policy was trained for another model, or a prompt does not fit this one.
+        """
+        policy.check(self.pipe.transformer)
+
+        def decide(job: Job) -> None:
+            for request in requests:
+                baseline = self._baseline(job, request, f"plain sampler, {request.prompt}")
+                found = self._decided.recall((request, policy.saving), partial(self._decide, job, baseline, policy))
+                drawn, decision = found[0], found[1]
+                fresh = Decided(request, decision, baseline.picture, drawn)
+                job.learn(decided=(*job.view.decided, fresh))
+            job.learn(phase="done", progress=1.0)
+
+        *_, first = [self._job(request, ReuseConfig(1), policy.config.storage_name) for request in reversed(requests)]
+        yield from self._news_of(first, decide)
+
+    def _decide(self, job: Job, baseline: Baseline, policy: AdaPolicy) -> tuple[Drawn, Decision]:
+        """One run with a policy; the picture is remembered like that of a visitor who asks for the same schedule."""
+        storage = policy.config.storage_name
+        drawn, estimates = self._variant(job, baseline, policy, storage)
+        schedule = drawn.trace.schedule
+        self._variants.recall((baseline.request, schedule, storage), lambda: (drawn, estimates))
+        dense = Decision(Schedule.dense(baseline.request.steps), ())
+        return drawn, drawn.trace.decisions[0] if drawn.trace.decisions else dense
+
     def _job(self, request: Request, config: ReuseConfig | Schedule, storage: str) -> Job:
         rule_named(storage)
         conditioned_on(self.pipe, request.prompt)
@@ -270,7 +314,7 @@ class Engine:
         """Pictures first, then the map, the control with fewer steps, the steps of both, and the scale of a difference."""
         request, setting = job.view.request, (job.view.request, job.view.schedule, job.view.storage)
         baseline = self._baseline(job, request, "plain sampler")
-        variant, estimates = self._variants.recall(setting, lambda: self._variant(job, baseline))
+        variant, estimates = self._variants.recall(setting, lambda: self._variant(job, baseline, *setting[1:]))
         job.learn(baseline=baseline, variant=variant)
         job.learn(observed=self._maps.recall(request, lambda: self._observed(job, request)))
         plain = self._baseline(job, fewer_steps(request, variant.trace.speedup_ideal), "fewer steps")
@@ -291,10 +335,12 @@ class Engine:
 
         return self._baselines.recall(request, run)
 
-    def _variant(self, job: Job, baseline: Baseline) -> tuple[Drawn, list[Tensor]]:
+    def _variant(
+        self, job: Job, baseline: Baseline, schedule: Schedule | AdaPolicy, storage: str
+    ) -> tuple[Drawn, list[Tensor]]:
         with self._model:
             job.check()
-            schedule, storage, tell = job.view.schedule, job.view.storage, job.on_step("BlockDance")
+            tell = job.on_step("BlockDance")
             variant = run_variant(self.pipe, baseline.request, schedule, baseline.recording, tell, storage)
         drawn = figures(baseline, variant, self.distance)
         return Drawn(variant.picture, drawn, variant.trace, step_difference(baseline, variant)), variant.estimates

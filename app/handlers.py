@@ -1,22 +1,32 @@
 """What the page does when a visitor acts: plain functions of the models, with no layout. They keep nothing of a visitor."""
 
 from collections.abc import Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import gradio as gr
 
-from analysis.experiment import Request
+from analysis.experiment import Request, RequestError
 from analysis.machine import describe_machine
 from analysis.pictures import Picture
 from analysis.scene import Json
 from app.engine import Engine
 from app.models import Models, Settings
-from app.news import animation_of, milestones, parse_order, progress, scene_of, timed_scene
+from app.news import animation_of, decided_part, milestones, parse_order, progress, scene_of, timed_scene
 from app.zero import Work, lent_gpu
 from blockdance import BlockDanceError, Plan, ReuseConfig, UnsupportedModelError, load_demo_profile, plan
+from blockdance.ada import AdaPolicy, load_demo_policy
 from blockdance.presets import DEMO
 from blockdance.storage import rule_named
+
+MOST_PROMPTS = 2
+
+
+@cache
+def demo_policy() -> AdaPolicy:
+    """The network is only read, so visitors share it."""
+    return load_demo_policy()
 
 
 class Handlers:
@@ -25,7 +35,7 @@ class Handlers:
     def __init__(self, models: Models) -> None:
         self.models = models
         self.machine = describe_machine()
-        self._works: dict[str, Work] = {"draw": self._draw, "time": self._time, "film": self._film}
+        self._works: dict[str, Work] = {"draw": self._draw, "time": self._time, "film": self._film, "decide": self._decide}
         self._on_gpu = {name: lent_gpu(work) for name, work in self._works.items()}
 
     def run(self, order: Json) -> Iterator[Json]:
@@ -39,6 +49,10 @@ class Handlers:
     def animate(self, order: Json) -> Iterator[Json]:
         """Both samplers step by step, as a GIF to download."""
         return self._answer(order, "film")
+
+    def decide(self, order: Json) -> Iterator[Json]:
+        """Let Ada decide on the prompt, or on each of several."""
+        return self._answer(order, "decide")
 
     def _answer(self, order: Json, what: str) -> Iterator[Json]:
         """Do the work where the model is; a ZeroGPU Space lends its GPU for this alone, and only to a model that uses it."""
@@ -72,6 +86,20 @@ class Handlers:
             if view.phase == "done" and animation is None:
                 gr.Warning("There is no animation of pictures this large.")
             yield progress(order, view, animation=animation)
+
+    def _decide(self, order: Json) -> Iterator[Json]:
+        request, prompts = parse_order(order)[0], order.get("prompts")
+        if prompts is not None and not (isinstance(prompts, list) and 1 <= len(prompts) <= MOST_PROMPTS):
+            raise RequestError(f"prompts must be a list of 1 to {MOST_PROMPTS} texts, got {prompts!r}")
+        if order["model"] != DEMO:
+            raise UnsupportedModelError(
+                f"model must be {DEMO} to let Ada decide, as it alone ships with a policy, got {order['model']!r}"
+            )
+        policy = demo_policy().with_saving(order.get("saving"))  # type: ignore[arg-type]  # judged by the policy itself
+        requests = [replace(request, prompt=prompt) for prompt in prompts or [request.prompt]]
+        for view in self.models.engine(str(order["model"])).decided(requests, policy):
+            told = [decided_part(one, policy) for one in view.decided] if view.phase == "done" else None
+            yield progress(order, view, decided=told)
 
     def choose(self, order: Json) -> Iterator[Json]:
         """Load a model and tell the page what its controls shall show. If that cannot be, it is a toast."""

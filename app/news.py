@@ -8,8 +8,9 @@ from analysis.experiment import Request, RequestError
 from analysis.pictures import Picture, side_by_side_gif
 from analysis.scene import Json, features_part, map_part, new_scene, run_part, tile
 from analysis.sprites import LOSSLESS, QUICK_PREVIEW, data_url, sheet
-from app.engine import Engine, View
+from app.engine import Decided, Engine, View
 from blockdance import Schedule
+from blockdance.ada import AdaPolicy
 
 REQUEST_FIELDS = ("prompt", "seed", "steps", "guidance", "sampler")
 
@@ -83,6 +84,19 @@ def timed_scene(view: View, engine: Engine, machine: str) -> Json:
     }
     empty: Json = {"baseline": None, "map": None, "features": None, "yardsticks": None, "controls": []}
     return empty | {"num_blocks": engine.num_blocks, "runs": [told | (view.timing or {})]}
+
+
+def decided_part(decided: Decided, policy: AdaPolicy) -> Json:
+    """What a policy decided on one picture; `probabilities` are of a cache step, from step `first` on."""
+    schedule, probabilities = decided.decision.schedule, decided.decision.probabilities
+    return decided.drawn.figures | {
+        "prompt": decided.request.prompt,
+        "saving": policy.saving,
+        "first": len(schedule) - len(probabilities),
+        "probabilities": [round(probability, 4) for probability in probabilities],
+        "baseline": inline([decided.baseline]),
+        "picture": inline([decided.drawn.picture]),
+    }
 
 
 def animation_of(view: View) -> str | None:

@@ -30,7 +30,7 @@ KEEP_SECONDS = 3600
 QUEUE_LENGTH = 32
 HEAD = '<link rel="stylesheet" href="web/explorer.css"><script src="web/explorer.js"></script>'
 ON_LOAD = """
-// Its events, which Gradio knows from here: 'run', 'measure', 'animate', 'choose', 'plan', 'stop'.
+// Its events, which Gradio knows from here: 'run', 'measure', 'animate', 'choose', 'plan', 'decide', 'stop'.
 const explorer = BlockDance.mount(element.querySelector('.bd-root'), {
   atlas: 'atlas/', plotly: 'plotly/plotly.min.js', live: trigger, settings: SETTINGS});
 watch('value', () => { if (props.value) explorer.receive(JSON.parse(props.value)); });
@@ -53,6 +53,7 @@ def build_page(handlers: Handlers) -> gr.Blocks:
             explorer.run(answering(handlers.run), None, **model),
             explorer.measure(answering(handlers.measure), None, **model),
             explorer.animate(answering(handlers.animate), None, **model),
+            explorer.decide(answering(handlers.decide), None, **model),
             explorer.choose(answering(handlers.choose), None, **common, concurrency_id="loading"),
             explorer.plan(answering(handlers.plan), None, **common, concurrency_id="planning"),
         ]

@@ -7,7 +7,7 @@ with accelerate(pipe, ReuseConfig(reuse_interval=2)) as trace:
 from blockdance.accelerate import accelerate
 from blockdance.apply import Applied, BlockDanceConfig, apply_block_dance
 from blockdance.demo import load_demo_pipeline, load_demo_profile
-from blockdance.errors import BlockDanceError, ConfigError, ScheduleError, SessionError, UnsupportedModelError
+from blockdance.errors import BlockDanceError, ConfigError, PolicyError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.integrate import integrate
 from blockdance.observe import Observation, observe
 from blockdance.plan import Plan, own_profile, plan
@@ -29,6 +29,7 @@ __all__ = [
     "Observation",
     "OnStep",
     "Plan",
+    "PolicyError",
     "Profile",
     "Recording",
     "ReuseConfig",

@@ -88,6 +88,7 @@ function download(name, blob) {
 }
 
 const images = new Map();
+const MOST_DECISIONS = 200;
 const MOST_IMAGES = 200;
 /** The decoded image of an address; live ones are forgotten when there are many. */
 function image(src) {
@@ -136,6 +137,9 @@ const SKELETON = `
   <form data-part="planner" data-live class="bd-planner"><label for="bd-target">Or let the planner choose, for a speedup of</label>
     <div class="bd-line"><input id="bd-target" type="number" value="1.5" min="1.05" step="0.05" required><button>Plan</button></div>
     <p class="bd-note" role="status"></p></form>
+  <div data-part="ada" data-live class="bd-ada"><label><input type="checkbox" name="ada"> Or let Ada decide, looking at this picture</label>
+    <label>Wanted share of reuse steps <output></output><input type="range" name="saving" min="0.2" max="0.9" step="0.05"></label>
+    <p class="bd-note" role="status"></p></div>
   <details data-part="sampling" data-live class="bd-sampling"><summary>Model and sampling</summary>
     <label>Model <select name="model"></select></label>
     <label>Seed <input type="number" name="seed" min="0" max="4294967295" step="1"></label>
@@ -167,6 +171,11 @@ const SKELETON = `
   <section data-part="features" class="bd-features"><h2>What the blocks hold</h2>
     <p class="bd-note">The first three principal components of a block's output, as red, green and blue, at <b data-step></b>. Structure settles
     early; texture is made in the deep blocks (the paper's Fig. 3).</p><div class="bd-row"></div></section>
+  <section data-part="pair" data-live class="bd-pair"><h2>Two pictures, two schedules</h2>
+    <p class="bd-note">Ada looks at the latent once, after 40 % of the steps, and decides for every step that remains: cache (blue) or reuse (orange). The line is its
+    probability of a cache step. Simple pictures may reuse more than complex ones at the same wish.</p>
+    <form class="bd-line"><input name="simple" aria-label="A simple prompt" maxlength="300"><input name="complex" aria-label="A complex prompt" maxlength="300"><button>Let Ada draw both</button></form>
+    <div class="bd-row"></div></section>
   <section data-part="strip" class="bd-strip"><h2>The same, with N = 1, 2, 3, 4</h2><div class="bd-row"></div></section>
   <section data-part="tradeoff" class="bd-tradeoff"><h2>Trade-off</h2>
     <p class="bd-note">Each dot is a run of this prompt: speedup against difference from the baseline, lower is closer. The line joins the best. Click a dot to
@@ -197,6 +206,7 @@ const SKELETON = `
 <aside class="bd-tour" role="dialog" aria-label="Tour" hidden></aside>`;
 
 const MODES = {wipe: "wipe", flip: "flip", difference: "difference ×8"};
+const PAIR = ["SIMPLE", "COMPLEX"]; // of the held-out prompts, where the policy's schedules differ much
 const MOST_SCENES = 40; // live ones kept; of each a few hundred kilobytes
 const SCALES = {cosine: "cosine", log: "log(1 − cos)", block: "per block"};
 const DEFAULTS = {
@@ -213,13 +223,15 @@ class Explorer {
     root.innerHTML = SKELETON;
     this.scenes = new Map();
     this.apart = new Map();
+    this.decisions = new Map();
     this.tried = [];
     this.shipped = [];
-    this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}), edited: null, storage: "latest", pinned: null, hover: null,
+    this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}), edited: null, ada: false, saving: 0.5, storage: "latest", pinned: null, hover: null,
                   scale: "cosine", mode: "wipe", wipe: 0.5, flipped: false};
     this.blocks = settings.num_blocks || 14;
     this.waiting = null;
     this.ask = debounced(120, () => this.askNow());
+    this.decideSoon = debounced(120, () => this.decideNow());
     this.drawPlots = debounced(150, () => this.drawPlotsNow());
     this.saveUrl = debounced(250, () => this.saveUrlNow());
     this.build();
@@ -307,6 +319,7 @@ class Explorer {
     if (news.unknown_words?.length) this.notice(`Words the model does not know, and draws as if they were not there: ${news.unknown_words.join(", ")}.`);
     if (news.chosen) this.useModel(news.chosen);
     if (news.planned) this.usePlan(news.planned);
+    if (news.decided) this.useDecisions(news.scene_key, news.decided);
     if (news.animation) download("blockdance.gif", dataBlob(news.animation));
     if (news.error && news.model) this.state.model = news.model;
     this.render();
@@ -348,6 +361,8 @@ class Explorer {
       || (change.request && change.request.steps !== undefined && change.request.steps !== request.steps);
     Object.assign(this.state, change, {request: {...request, ...change.request}, config: {...config, ...change.config}});
     if (resetsEdit && change.edited === undefined) this.state.edited = null;
+    if (change.ada === undefined && (resetsEdit || change.edited !== undefined || change.config?.cutoff !== undefined || change.storage !== undefined) && !change.request) this.state.ada = false;
+    if (this.state.model !== "demo") this.state.ada = false; // no policy for others
     const {config: now} = this.state;
     if (now.start > now.end) { if (change.config?.end === undefined) now.end = now.start; else now.start = now.end; }
     now.cutoff = clamp(now.cutoff, 0, this.blocks - 2);
@@ -359,6 +374,7 @@ class Explorer {
     this.stopped = false;
     this.render();
     this.saveUrl();
+    if (this.state.ada && this.live && !this.decision) { this.decideSoon(); return; }
     const run = this.runOf(this.scene);
     if (run) this.remember(run);
     if (!run || (this.live && !this.scene.map)) this.ask();
@@ -385,6 +401,32 @@ class Explorer {
     this.stopped = false;
     this.live(what, {key, scene_key: this.sceneKey(), request, model, kinds: this.kinds, cutoff_block: this.cutoff, storage: this.state.storage, ...more});
     this.render();
+  }
+
+  /** What Ada decided on this picture at this wish, if that is known and shown. */
+  get decision() {
+    const found = this.decisions.get(`${this.sceneKey()}|${this.state.saving}`);
+    return found && this.state.ada && sameRun(found, {schedule: this.kinds, cutoff_block: this.cutoff, storage: this.state.storage}) ? found : null;
+  }
+
+  decideNow() {
+    const known = this.decisions.get(`${this.sceneKey()}|${this.state.saving}`);
+    if (!this.state.ada) return;
+    if (known) this.showDecision(known);
+    else if (this.state.request.prompt.trim()) this.order("decide", `${this.sceneKey()}|${this.state.saving}`, {saving: this.state.saving});
+  }
+
+  showDecision({schedule, cutoff_block, storage}) {
+    this.set({config: {cutoff: cutoff_block}, storage, edited: schedule, ada: true});
+  }
+
+  /** Of the prompt that is shown, or of the pair. */
+  useDecisions(sceneKey, decided) {
+    if (decided.length > 1) { this.pair = decided; return; }
+    const [one] = decided;
+    this.decisions.set(`${sceneKey}|${one.saving}`, one);
+    if (this.decisions.size > MOST_DECISIONS) this.decisions.delete(this.decisions.keys().next().value);
+    if (this.state.ada && sceneKey === this.sceneKey() && one.saving === this.state.saving) this.showDecision(one);
   }
 
   toggleStep(step) {
@@ -438,6 +480,7 @@ class Explorer {
     }
     const planner = this.$(".bd-planner");
     if (planner) planner.onsubmit = (event) => { event.preventDefault(); this.order("plan", "plan", {target_speedup: Number(this.$("#bd-target").value)}); };
+    this.buildAda();
     const storage = this.$("[name=storage]");
     if (storage) storage.onchange = () => this.set({storage: storage.value});
     this.fill("sampler", settings.samplers || [], (sampler) => this.set({request: {sampler}}));
@@ -475,6 +518,64 @@ class Explorer {
   choices(place, options, name) {
     this.$(place).append(...Object.entries(options).map(([value, label]) =>
       h("button", {type: "button", "data-choice": value, onclick: () => { this.state[name] = value; this.render(); this.saveUrl(); }}, label)));
+  }
+
+  buildAda() {
+    const box = this.$("[name=ada]"), saving = this.$("[name=saving]"), pair = this.$(".bd-pair form");
+    if (!box) return;
+    box.onchange = () => this.set({ada: box.checked, edited: null});
+    saving.oninput = () => this.set({saving: Number(saving.value), ada: true, edited: null});
+    pair.simple.value = PAIR[0]; pair.complex.value = PAIR[1];
+    pair.onsubmit = (event) => {
+      event.preventDefault();
+      const prompts = [pair.simple.value, pair.complex.value];
+      if (prompts.every((prompt) => prompt.trim())) this.order("decide", "pair", {prompts, saving: this.state.saving});
+      else this.notice("Type two prompts.");
+    };
+  }
+
+  renderAda() {
+    const place = this.$(".bd-ada"), {state, decision} = this;
+    if (!place) return;
+    const trained = state.model === "demo";
+    place.hidden = this.$(".bd-pair").hidden = !trained;
+    this.$("[name=ada]").checked = state.ada;
+    this.$("[name=saving]").value = state.saving;
+    this.$("[name=saving]").previousElementSibling.textContent = `${Math.round(100 * state.saving)} %`;
+    const reused = decision ? [...decision.schedule].filter((kind) => kind === "r").length : 0, decided = decision?.probabilities.length;
+    this.$(".bd-ada p").textContent = !state.ada ? "" : !decision ? "…" : !decided ? "Too few steps to decide on." :
+      `Decided at step ${decision.first}: ${reused} of ${decided} steps reuse (${Math.round(100 * reused / decided)} %). The wish is met in the mean over pictures, not by each.`;
+    if (this.pair && this.pair !== this.pairShown) this.renderPair();
+  }
+
+  renderPair() {
+    this.pairShown = this.pair;
+    this.$(".bd-pair .bd-row").replaceChildren(...this.pair.map((one) => {
+      const picture = h("canvas", {}), band = h("canvas", {className: "bd-band"}), [width, height] = this.scene?.size || [64, 64];
+      this.drawTile(picture, {size: [width, height]}, one.picture);
+      const reused = [...one.schedule].filter((kind) => kind === "r").length;
+      band.width = 600; band.height = 90;
+      this.drawBand(band.getContext("2d"), one, band.width, band.height);
+      return h("figure", {}, picture, band, h("figcaption", {}, h("b", {}, one.prompt), ` ${reused} of ${one.probabilities.length} decided steps reuse, ${times(one.speedup_ideal)} ideal, LPIPS ${small(one.lpips)}`));
+    }));
+  }
+
+  /** A schedule as a row of colours, and over it the probability of a cache step. */
+  drawBand(c, {schedule, first, probabilities}, width, height) {
+    const cell = width / schedule.length;
+    [...schedule].forEach((kind, step) => { c.fillStyle = KIND_COLOURS[kind]; c.fillRect(step * cell + 1, 0, cell - 2, height); });
+    this.drawProbabilities(c, first, probabilities, 0, cell, 6, height - 12);
+  }
+
+  drawProbabilities(c, first, probabilities, left, cell, top, height) {
+    const at = (k) => [left + (first + k + 0.5) * cell, top + (1 - probabilities[k]) * height];
+    for (const [colour, lineWidth] of [["rgba(255, 255, 255, 0.9)", 4], ["#111111", 1.5]]) {
+      c.strokeStyle = c.fillStyle = colour; c.lineWidth = lineWidth;
+      c.beginPath();
+      probabilities.forEach((_, k) => k ? c.lineTo(...at(k)) : c.moveTo(...at(k)));
+      c.stroke();
+      probabilities.forEach((_, k) => { c.beginPath(); c.arc(...at(k), 1 + lineWidth / 2, 0, 7); c.fill(); });
+    }
   }
 
   buildPictures() {
@@ -515,10 +616,11 @@ class Explorer {
     for (const button of this.all(".bd-chips button")) button.setAttribute("aria-pressed", button.dataset.key === this.sceneKey());
     const planned = this.plan && sameRun(this.plan, {schedule: this.kinds, cutoff_block: this.cutoff, storage: state.storage});
     this.$(".bd-edited").hidden = !state.edited;
-    this.$(".bd-edited span").textContent = planned ? "The planner chose the schedule." : "The schedule was edited by hand.";
+    this.$(".bd-edited span").textContent = this.decision ? "Ada decided the schedule." : planned ? "The planner chose the schedule." : "The schedule was edited by hand.";
     if (this.live) this.$(".bd-planner p").textContent = planned ? this.plan.text : "";
     for (const [place, name] of [[".bd-scales", "scale"], [".bd-modes", "mode"]])
       for (const button of this.all(`${place} button`)) button.setAttribute("aria-pressed", button.dataset.choice === state[name]);
+    this.renderAda();
     this.renderStatus(scene);
     this.renderPictures();
     this.renderNumbers(scene);
@@ -735,7 +837,8 @@ class Explorer {
     tip.hidden = kind !== "cell" && kind !== "band";
     if (tip.hidden) return;
     const value = this.scene?.map?.[block]?.[step], fate = source !== null && block <= this.cutoff ? `reused from step ${source}` : "computed";
-    tip.textContent = kind === "band" ? `step ${step}: ${KIND_NAMES[this.kinds[step]]}; click to change`
+    const chance = this.decision?.probabilities[step - this.decision.first];
+    tip.textContent = kind === "band" ? `step ${step}: ${KIND_NAMES[this.kinds[step]]}; ${chance === undefined ? "" : `Ada: cache with probability ${chance.toFixed(2)}; `}click to change`
       : `block ${block}, step ${step}: ${value == null ? "nothing to compare" : `cosine ${value.toFixed(5)}`}; ${fate}`;
     tip.style.transform = `translate(${Math.min(x + 12, this.shape.width - 250)}px, ${y + 14}px)`;
   }
@@ -757,7 +860,7 @@ class Explorer {
   renderMap(scene) {
     const canvas = this.$("[data-map]"), width = canvas.parentElement.clientWidth, ratio = devicePixelRatio || 1;
     if (!width) return;
-    const kinds = this.kinds, steps = kinds.length, row = clamp(Math.round(300 / this.blocks), 8, 22), left = 44, top = 8, band = 20;
+    const kinds = this.kinds, steps = kinds.length, row = clamp(Math.round(300 / this.blocks), 8, 22), left = 44, top = 8, band = this.decision ? 44 : 20;
     const bottom = top + row * this.blocks, height = bottom + band + 34, cell = (width - left - 12) / steps;
     this.shape = {left, top, cell, row, band, bottom, width};
     canvas.style.height = `${height}px`;
@@ -778,6 +881,7 @@ class Explorer {
       c.fillStyle = KIND_COLOURS[kinds[step]];
       c.fillRect(left + step * cell + 0.5, bottom + 5, cell - 1, band - 6);
     }
+    if (this.decision) this.drawProbabilities(c, this.decision.first, this.decision.probabilities, left, cell, bottom + 6, band - 8);
     this.drawHandles(c, ink);
     this.drawAxes(c, ink, height);
     if (colours && width > 700) this.drawLegend(c, ink, height, colours.ends);
@@ -987,6 +1091,7 @@ class Explorer {
     number("end", 0, 1, false, config, "end");
     if (config.start > config.end) { changed.push(`start=${config.start} exceeds end=${config.end}; end is ${config.start}`); config.end = config.start; }
     if (given.has("step")) { const at = {step: 0}; number("step", 0, request.steps - 1, true, at, "step"); this.state.pinned = at.step; }
+    if (this.live && given.has("ada")) { number("ada", 0.2, 0.9, false, this.state, "saving"); this.state.ada = true; }
     if (this.live) among("storage", ["latest", "extrapolated"], this.state);
     among("scale", Object.keys(SCALES), this.state);
     among("mode", Object.keys(MODES), this.state);
@@ -1003,8 +1108,8 @@ class Explorer {
   }
 
   settingsUrl() {
-    const url = new URL(location.href), {request, config, edited, storage, pinned, scale, mode} = this.state;
-    const shown = {...request, n: config.interval, i: config.cutoff, start: config.start, end: config.end, s: edited, step: pinned, storage: storage === "latest" ? null : storage,
+    const url = new URL(location.href), {request, config, edited, ada, saving, storage, pinned, scale, mode} = this.state;
+    const shown = {...request, n: config.interval, i: config.cutoff, start: config.start, end: config.end, s: edited, step: pinned, storage: storage === "latest" ? null : storage, ada: ada ? saving : null,
                    scale: scale === "cosine" ? null : scale, mode: mode === "wipe" ? null : mode};
     for (const [name, value] of Object.entries(shown)) if (value === null) url.searchParams.delete(name); else url.searchParams.set(name, value);
     return url.href;
@@ -1083,7 +1188,7 @@ print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")
   do_tour() { this.showTour(0); }
 
   showTour(index) {
-    const card = this.$(".bd-tour"), step = TOUR[index];
+    const tour = TOUR.filter((one) => this.$(`[data-part=${one.at}]`)), card = this.$(".bd-tour"), step = tour[index];
     this.all(".bd-lit").forEach((element) => element.classList.remove("bd-lit"));
     card.hidden = !step;
     this.tourStep = step || null;
@@ -1094,10 +1199,10 @@ print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")
     this.tourFrom = structuredClone(this.state.config);
     const button = (text, action, properties = {}) => h("button", {type: "button", onclick: action, ...properties}, text);
     card.replaceChildren(
-      h("small", {}, `${index + 1} of ${TOUR.length}`), h("h3", {}, step.title), h("p", {}, step.text), h("p", {className: "bd-done", role: "status"}),
+      h("small", {}, `${index + 1} of ${tour.length}`), h("h3", {}, step.title), h("p", {}, step.text), h("p", {className: "bd-done", role: "status"}),
       h("div", {className: "bd-buttons"}, ...(step.act ? [button(step.label, () => step.act.call(this))] : []),
         ...(index ? [button("Back", () => this.showTour(index - 1))] : []),
-        button(index + 1 < TOUR.length ? "Next" : "Finish", () => this.showTour(index + 1), {className: "primary"}), button("Skip", () => this.showTour(-1))));
+        button(index + 1 < tour.length ? "Next" : "Finish", () => this.showTour(index + 1), {className: "primary"}), button("Skip", () => this.showTour(-1))));
     step.check?.call(this);
   }
 
@@ -1121,6 +1226,10 @@ const TOUR = [
    text: "Reuse while the structure is still forming, and the picture becomes another one. Early steps differ too much; the paper starts at 40 %.",
    act() { this.set({request: {prompt: "castle cake", seed: 1, steps: 30, guidance: 8}, config: {interval: 4, cutoff: 12, start: 0, end: 1}, edited: null, pinned: null}); },
    check() { const run = this.runOf(this.scene); if (run && this.state.config.start < 0.2) this.tourDone(`LPIPS ${small(run.lpips)} at ${times(run.speedup_ideal)}.`); }},
+  {at: "ada", title: "Let Ada decide", label: "Switch it on",
+   text: "So far every picture got the same schedule. BlockDance-Ada is a small network that looks at the latent after 40 % of the steps and decides the rest for this picture alone. Below the map you see how probable it found a cache step, on each step.",
+   act() { this.set({request: {prompt: "house with garden", seed: 0, steps: 30, guidance: 4}, ada: true, edited: null}); },
+   check() { if (this.decision) this.tourDone(`Done: ${this.decision.schedule}, ideal ${times(this.ideal)}.`); }},
   {at: "numbers", title: "Your turn: beat 1.4× at LPIPS 0.05", label: "Back to the paper's window",
    text: "Find a setting with an ideal speedup of at least 1.4× and an LPIPS of at most 0.05. Then look at the control: would fewer steps have done the same?",
    act() { this.set({request: {prompt: "house with garden", seed: 0, guidance: 4}, config: {interval: 2, cutoff: 9, start: 0.4, end: 0.95}, edited: null}); },

@@ -24,4 +24,4 @@ def load_demo_policy(saving: float = 0.5) -> AdaPolicy:
     return AdaPolicy.load(POLICY_FILE, saving)
 
 
-__all__ = ["AdaPolicy", "load_demo_policy"]
+__all__ = ["POLICY_FILE", "AdaPolicy", "load_demo_policy"]

@@ -1,0 +1,446 @@
+"""BlockDance-Ada: a policy decides once, for each sample by itself, and training moves it where the reward is."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from blockdance import (
+    ConfigError,
+    PolicyError,
+    ReuseConfig,
+    Schedule,
+    ScheduleError,
+    SessionError,
+    accelerate,
+    load_demo_pipeline,
+    load_demo_profile,
+    observe,
+    record,
+)
+from blockdance.ada import AdaPolicy, load_demo_policy
+from blockdance.ada.imitation import Teacher, imitate
+from blockdance.ada.policy import new_policy
+from blockdance.ada.quality import quality_named
+from blockdance.ada.reinforce import BASELINES, Price, advantages, policy_loss, try_some
+from blockdance.ada.rollouts import Studio, Task
+from blockdance.ada.trainer import TrainConfig, Trainer, reuse_share
+from blockdance.policy import Moment
+from blockdance.storage import Extrapolated
+from tests.tiny import BLOCKS, dit, pixart, run_dit, run_pixart
+
+STEPS = 10
+
+
+def policy_for(pipe: Any, cutoffs: tuple[int, ...] = (1, 3), seed: int = 0, storage: str = "latest") -> AdaPolicy:
+    """An untrained policy, whose random weights are large enough to decide differently on different latents."""
+    torch.manual_seed(seed)
+    text = torch.zeros(1, 5, 12) if pipe.transformer.config.get("caption_channels") else None
+    policy = new_policy(
+        pipe.transformer, Moment(torch.zeros(1, 4, 8, 8), text, None, STEPS), cutoffs, storage=storage, width=16
+    )
+    torch.nn.init.normal_(policy.network.head[2].weight, std=3.0)
+    return policy
+
+
+def drawn(pipe: Any, plan: Any, batch: int = 3, **options: Any) -> tuple[torch.Tensor, Any]:
+    with accelerate(pipe, plan, **options) as trace:
+        return run_pixart(pipe, STEPS, batch=batch), trace
+
+
+# ---------------------------------------------------------------- schedules of their own
+
+
+SCHEDULES = [Schedule.parse(text, 3) for text in ("ffcrrrcrrf", "fffccrcrrr", "ffcr1rccrr1r")]
+
+
+@pytest.mark.parametrize("storage", [None, Extrapolated()])
+@pytest.mark.parametrize("guided", [True, False])
+def test_each_sample_of_a_batch_gets_what_its_schedule_gives_it_alone(storage: Any, guided: bool) -> None:
+    pipe = pixart()
+    with accelerate(pipe, SCHEDULES, storage=storage) as trace:
+        together = run_pixart(pipe, STEPS, batch=3, guided=guided)
+    for sample, schedule in enumerate(SCHEDULES):
+        with accelerate(pipe, schedule, storage=storage):
+            alone = run_pixart(pipe, STEPS, batch=3, guided=guided)[sample]
+        torch.testing.assert_close(together[sample], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], alone)
+    assert trace.block_evaluations == pytest.approx(sum(one.block_evaluations(BLOCKS) for one in SCHEDULES) / 3)
+
+
+def test_each_sample_pays_for_its_own_blocks_alone() -> None:
+    pipe, rows = pixart(), [0] * BLOCKS
+    for index, block in enumerate(pipe.transformer.transformer_blocks):
+
+        def count(_: Any, args: Any, index: int = index) -> None:
+            rows[index] += len(args[0])
+
+        block.register_forward_pre_hook(count)
+    drawn(pipe, SCHEDULES)
+    wanted = [sum(index > one.cutoff_at(step) or one[step].value != "r" for one in SCHEDULES for step in range(STEPS))
+              for index in range(BLOCKS)]  # fmt: skip
+    assert rows == [2 * calls for calls in wanted]
+
+
+def test_samples_with_one_schedule_are_not_taken_apart() -> None:
+    pipe, calls = pixart(), []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(len(args[0])), with_kwargs=True)
+    both, _ = drawn(pipe, [SCHEDULES[0]] * 3)
+    assert calls == [6] * STEPS
+    assert torch.equal(both, drawn(pipe, SCHEDULES[0])[0])
+
+
+def test_labels_of_a_class_conditional_model_go_with_their_samples() -> None:
+    pipe = dit()
+    with accelerate(pipe, SCHEDULES):
+        together = run_dit(pipe, STEPS, batch=3)
+    for sample, schedule in enumerate(SCHEDULES):
+        with accelerate(pipe, schedule):
+            torch.testing.assert_close(together[sample], run_dit(pipe, STEPS, batch=3)[sample], rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_its_schedules_is_refused() -> None:
+    pipe = pixart()
+    with pytest.raises(ScheduleError, match="the batch has 4 rows, which do not go into 3 schedules"):
+        drawn(pipe, SCHEDULES, batch=2)
+    with pytest.raises(ScheduleError, match="one schedule for each sample, got none"):
+        drawn(pipe, [])
+    with pytest.raises(SessionError, match="observe sees whole batches"), observe(pipe):
+        drawn(pipe, SCHEDULES)
+
+
+def test_a_batch_with_schedules_of_their_own_replays_what_all_share() -> None:
+    pipe = pixart()
+    with record(pipe) as recording:
+        run_pixart(pipe, STEPS, batch=3)
+    full, _ = drawn(pipe, SCHEDULES)
+    replayed, trace = drawn(pipe, SCHEDULES, replay=recording)
+    assert torch.equal(full, replayed)
+    assert [step.replayed for step in trace.steps] == [True] * 2 + [False] * 8
+
+
+# ---------------------------------------------------------------- a policy in a run
+
+
+def test_a_policy_decides_for_each_sample_and_the_decision_is_what_runs() -> None:
+    pipe = pixart()
+    policy = policy_for(pipe)
+    with accelerate(pipe, policy) as trace:
+        together = run_pixart(pipe, STEPS, batch=3)
+    schedules = [decision.schedule for decision in trace.decisions]
+    assert len(schedules) == 3 and len(set(schedules)) > 1
+    assert all(str(one).startswith("fffc") and "r" in str(one) for one in schedules)
+    assert torch.equal(together, drawn(pipe, schedules)[0])
+    for sample, schedule in enumerate(schedules):
+        torch.testing.assert_close(together[sample], drawn(pipe, schedule)[0][sample], rtol=1e-4, atol=1e-5)
+
+
+def test_probabilities_say_what_the_schedule_does() -> None:
+    pipe = pixart()
+    _, trace = drawn(pipe, policy_for(pipe))
+    for decision in trace.decisions:
+        assert len(decision.probabilities) == 6
+        assert [kind.value for kind in list(decision.schedule)[4:]] == [
+            "c" if p >= 0.5 else "r" for p in decision.probabilities
+        ]
+
+
+@pytest.mark.parametrize("storage", ["latest", "extrapolated"])
+def test_a_policy_with_a_baseline_to_replay_draws_the_same_bits(storage: str) -> None:
+    pipe = pixart()
+    policy = policy_for(pipe, storage=storage)
+    with record(pipe) as recording:
+        run_pixart(pipe, STEPS, batch=1)
+    full, _ = drawn(pipe, policy, batch=1)
+    replayed, trace = drawn(pipe, policy, batch=1, replay=recording)
+    assert torch.equal(full, replayed)
+    assert trace.steps[0].replayed and str(trace.schedule).count("r") > 0
+
+
+def test_a_policy_looks_at_the_latent_and_the_text_and_the_wish() -> None:
+    policy, (latent, text) = policy_for(pixart()), (torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12))
+    first = policy.decide(Moment(latent, text, None, 20))[0].probabilities
+    for other in (Moment(latent + 1, text, None, 20), Moment(latent, text + 1, None, 20)):
+        assert policy.decide(other)[0].probabilities != first
+    assert policy.with_saving(0.9).decide(Moment(latent, text, None, 20))[0].probabilities != first
+    padded = Moment(latent, torch.cat([text, torch.randn(1, 2, 12)], 1), torch.tensor([[1] * 5 + [0] * 2]), 20)
+    assert policy.decide(padded)[0].probabilities == pytest.approx(first, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 33, 100])
+def test_a_policy_serves_any_number_of_steps(steps: int) -> None:
+    policy = policy_for(pixart())
+    decision = policy.decide(Moment(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12), None, steps))[0]
+    assert len(decision.schedule) == steps and len(decision.probabilities) == steps - round(0.4 * steps)
+
+
+def test_too_few_steps_run_dense_and_say_so() -> None:
+    pipe = pixart()
+    with accelerate(pipe, policy_for(pipe)) as trace:
+        run_pixart(pipe, 3)
+    assert trace.kinds == "fff" and trace.note is not None and "3 steps are too few" in trace.note
+
+
+def test_a_policy_comes_back_from_its_file(tmp_path: Path) -> None:
+    pipe = pixart()
+    policy = policy_for(pipe)
+    policy.save(tmp_path / "policy.safetensors")
+    loaded = AdaPolicy.load(tmp_path / "policy.safetensors")
+    assert loaded.config == policy.config
+    assert torch.equal(drawn(pipe, policy)[0], drawn(pipe, loaded)[0])
+
+
+def test_a_policy_of_another_model_is_refused() -> None:
+    pipe, other = pixart(), dit()
+    with pytest.raises(PolicyError, match="its class is 'PixArtTransformer2DModel', that of this DiT"):
+        drawn(other, policy_for(pipe))
+    deeper = pixart()
+    deeper.transformer.register_to_config(num_layers=7)
+    with pytest.raises(PolicyError, match="its num_layers is 6, that of this PixArtTransformer2DModel is 7"):
+        drawn(deeper, policy_for(pipe))
+    with pytest.raises(PolicyError, match="trained for another model"):
+        drawn(pipe, load_demo_policy())
+    assert torch.equal(run_pixart(pipe, STEPS), run_pixart(pixart(), STEPS))
+
+
+def test_a_file_without_a_policy_is_refused(tmp_path: Path) -> None:
+    for name in ("missing", "text", "weights"):
+        file = tmp_path / name
+        if name == "text":
+            file.write_text("no policy")
+        if name == "weights":
+            save_file({"weight": torch.zeros(1)}, file)
+        with pytest.raises(PolicyError, match=f"{name} holds no policy"):
+            AdaPolicy.load(file)
+
+
+@pytest.mark.parametrize("saving", [-0.1, 1.5, "half", None, True])
+def test_a_saving_outside_its_range_is_refused(saving: Any) -> None:
+    with pytest.raises(ConfigError, match=r"saving must be a share in \[0, 1\], got"):
+        policy_for(pixart()).with_saving(saving)
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_the_gradient_moves_probabilities_towards_a_known_optimum(baseline: str) -> None:
+    """The reward counts the steps, and the cutoffs of reuse steps, that are as they should be."""
+    wanted, which = torch.tensor([1.0, 0, 0, 1, 0, 1]), torch.tensor([0, 2, 1, 0, 0, 0])
+    reuse, generator = wanted == 0, torch.Generator().manual_seed(0)
+    logits, cutoffs = torch.zeros(1, 6, requires_grad=True), torch.zeros(1, 6, 3, requires_grad=True)
+    optimizer = torch.optim.Adam([logits, cutoffs], lr=0.05)
+
+    def reward(is_cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        right = (is_cache == wanted).float()
+        return (right + right * (reuse & (places == which))).mean(dim=-1)
+
+    for _ in range(400):
+        tried = try_some(logits, cutoffs, 16, generator)
+        greedy = reward((logits >= 0).float(), cutoffs.argmax(dim=-1))
+        advantage = advantages(reward(tried.is_cache, tried.cutoffs), baseline, greedy)
+        optimizer.zero_grad()
+        policy_loss(logits, cutoffs, tried, advantage).backward()
+        optimizer.step()
+    assert ((logits.sigmoid()[0] > 0.5) == (wanted == 1)).all()
+    assert (cutoffs[0].argmax(dim=-1) == which)[reuse].all()
+    assert ((logits.sigmoid() - wanted).abs() < 0.2).all()
+
+
+def test_an_advantage_is_what_its_baseline_leaves() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 6.0]])
+    assert advantages(rewards, "none").tolist() == [[1, 2, 6]]
+    assert advantages(rewards, "self-critical", torch.tensor([2.0])).tolist() == [[-1, 0, 4]]
+    found = advantages(rewards, "leave-one-out")[0]
+    assert (found / found[2]).tolist() == pytest.approx([-3 / 4.5, -1.5 / 4.5, 1])
+    assert torch.allclose(advantages(100 * rewards, "leave-one-out")[0], found, atol=1e-2)
+
+
+def test_tries_come_as_often_as_they_are_probable() -> None:
+    logits, cutoffs = torch.tensor([[2.0, -1.0]]), torch.tensor([[[0.0, 1.0], [3.0, 0.0]]])
+    tried = try_some(logits, cutoffs, 20_000, torch.Generator().manual_seed(0))
+    assert tried.is_cache.mean(dim=1)[0].tolist() == pytest.approx(logits.sigmoid()[0].tolist(), abs=0.02)
+    assert tried.cutoffs.float().mean(dim=1)[0].tolist() == pytest.approx(cutoffs.softmax(-1)[0, :, 1].tolist(), abs=0.02)
+
+
+def test_quality_gets_dearer_where_more_is_saved_than_was_wanted() -> None:
+    price, wanted = Price(10.0), torch.tensor([0.3, 0.8])
+    assert price(wanted, 30).tolist() == [10, 10]
+    for _ in range(50):
+        price.learn(wanted, torch.tensor([0.6, 0.5]), 30)
+    dear, cheap = price(wanted, 30).tolist()
+    assert dear > 10 > cheap
+    assert price(wanted, 50).tolist() == [10, 10]
+
+
+def test_the_share_counts_reuse_steps_by_the_blocks_they_skip() -> None:
+    assert reuse_share(Schedule.parse("ffccrrcr", 3), 4, 3) == 0.75
+    assert reuse_share(Schedule.parse("ffccr3r1cr3", 3), 4, 3) == pytest.approx((1 + 0.5 + 1) / 4)
+
+
+def test_the_teacher_reuses_only_where_the_policy_decides_and_is_imitated() -> None:
+    profile, pipe = load_demo_profile(), load_demo_pipeline()
+    moment = Moment(torch.randn(4, 16, 8, 8), torch.randn(4, 16, 128), None, 20)
+    policy = new_policy(pipe.transformer, moment, [12], width=32)
+    teacher = Teacher(profile, policy)
+    schedule = teacher.schedule(0.5, 20)
+    assert schedule.first_reuse is not None and schedule.first_reuse >= 8
+    assert reuse_share(schedule, 8, 12) == pytest.approx(0.5, abs=0.05)
+    imitate(teacher, [moment], (0.5, 0.5), torch.Generator().manual_seed(0))
+    decided = policy.with_saving(0.5).decide(moment)[0].schedule
+    assert sum(a is b for a, b in zip(list(decided)[8:], list(schedule)[8:], strict=True)) >= 10
+    with pytest.raises(ConfigError, match=r"cutoffs must be among the profile's blocks \[6, 9, 12\] to start from, got \(3,\)"):
+        Teacher(profile, new_policy(pipe.transformer, moment, [3]))
+
+
+CONFIG = TrainConfig(updates=3, scenes=2, rollouts=3, steps=(6,))
+
+
+def trainer(folder: Path, config: TrainConfig = CONFIG, cutoffs: tuple[int, ...] = (6, 12)) -> Trainer:
+    studio = Studio(load_demo_pipeline(), 0.4, policy_for(pixart()).storage, {})
+    return Trainer(studio, quality_named("ssim"), ["pizza", "owl", "crab"], cutoffs, config, folder, Accelerator(cpu=True))
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, replace(CONFIG, baseline="self-critical"), replace(CONFIG, baseline="none", savings=None, quality_weight=5.0)],
+)
+def test_a_training_that_was_cut_off_goes_on_to_the_same_end(tmp_path: Path, config: TrainConfig) -> None:
+    whole = trainer(tmp_path / "whole", config).run()
+    trainer(tmp_path / "parts", replace(config, updates=2)).run()
+    resumed = trainer(tmp_path / "parts", config)
+    assert resumed.update == 2
+    again = resumed.run()
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, again.network.state_dict()[name])
+    saved = AdaPolicy.load(tmp_path / "parts" / "policy.safetensors")
+    assert saved.config.training["updates"] == 3 and saved.config.training["rollouts"] == 18
+
+
+def test_training_leaves_the_diffusion_model_alone(tmp_path: Path) -> None:
+    one = trainer(tmp_path)
+    before = {name: weight.clone() for name, weight in one.studio.pipe.transformer.state_dict().items()}
+    one.run()
+    assert all(torch.equal(before[name], weight) for name, weight in one.studio.pipe.transformer.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in one.studio.pipe.transformer.parameters())
+
+
+def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    with pytest.raises(ConfigError, match="holds a training of another model or other cutoffs"):
+        trainer(tmp_path, cutoffs=(12,))
+
+
+def test_a_rollout_is_what_the_pipeline_draws_with_that_schedule() -> None:
+    pipe = load_demo_pipeline()
+    studio, task = Studio(pipe, 0.4, policy_for(pixart()).storage, {}), Task("pizza", 7, 8)
+    schedules = [Schedule.parse("ffcrrrrr", 12), Schedule.parse("ffccrccr", 12)]
+    pictures = studio.play(studio.scene(task), schedules)
+    for picture, schedule in zip(pictures, schedules, strict=True):
+        with accelerate(pipe, schedule):
+            output = pipe("pizza", num_inference_steps=8, generator=torch.Generator().manual_seed(7), output_type="np")
+        assert np.abs(picture.astype(int) - (output.images[0] * 255).round()).max() <= 1
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"updates": 0}, "updates must be at least 1, got 0"),
+        ({"baseline": "mean"}, "baseline must be one of none, self-critical, leave-one-out, got 'mean'"),
+        ({"rollouts": 1}, "leave-one-out needs at least 2 rollouts, got 1"),
+        ({"savings": None}, "quality_weight must be given"),
+        ({"savings": (0.9, 0.2)}, "two ascending shares"),
+    ],
+)
+def test_a_training_setting_outside_its_range_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        replace(CONFIG, **change)
+
+
+def test_a_quality_that_needs_other_weights_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="quality must be one of lpips, ssim, clip, image-reward, got 'taste'"):
+        quality_named("taste")
+    with pytest.raises(ConfigError, match="quality image-reward needs the package image-reward"):
+        quality_named("image-reward")
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("ada")
+    (folder / "prompts.txt").write_text("pizza\nowl\n")
+    yield folder
+
+
+def train(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    arguments = [
+        "--prompts",
+        str(folder / "prompts.txt"),
+        "--steps",
+        "6",
+        "--scenes",
+        "1",
+        "--rollouts",
+        "2",
+        "--quality",
+        "ssim",
+    ]
+    command = [sys.executable, "-m", "blockdance.ada.train", "--out", str(folder / "out"), *arguments, *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_trains_goes_on_and_draws_its_curves(command: Path) -> None:
+    for updates in ("1", "2"):
+        done = train(command, "--updates", updates)
+        assert done.returncode == 0, done.stderr
+    lines = logged(command / "out")
+    assert [line["update"] for line in lines] == [1, 2]
+    assert lines[0].keys() >= {"reward", "saving", "quality", "entropy", "quality_weight", "steps"}
+    assert "entropy" in (command / "out" / "curves.html").read_text()
+    assert AdaPolicy.load(command / "out" / "policy.safetensors").cutoffs == (9,)
+
+
+def test_the_command_refuses_with_a_sentence(command: Path) -> None:
+    for more, words in ((["--cutoffs", "13"], "cutoff_block must be in [0, 12]"), (["--rollouts", "1"], "at least 2 rollouts")):
+        refused = train(command, *more)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert words in refused.stderr and "Traceback" not in refused.stderr
+
+
+# ---------------------------------------------------------------- what ships
+
+
+def test_the_shipped_policy_is_small_and_saves_about_what_it_is_asked_for() -> None:
+    pipe, file = load_demo_pipeline(), load_demo_policy()
+    shares = []
+    for saving in (0.3, 0.5, 0.8):
+        with accelerate(pipe, file.with_saving(saving)) as trace:
+            pipe(["octopus", "red apple", "volcano"], output_type="latent", generator=torch.Generator().manual_seed(0))
+        shares.append(np.mean([reuse_share(one.schedule, 12, file.cutoffs[-1]) for one in trace.decisions]))
+    assert shares == sorted(shares) and shares == pytest.approx([0.3, 0.5, 0.8], abs=0.2)
+
+
+def test_the_five_lines_of_the_readme() -> None:
+    pipe, policy = load_demo_pipeline(), load_demo_policy(saving=0.6)
+    with accelerate(pipe, policy) as trace:
+        pipe("red apple")
+    assert trace.kinds.startswith("f" * 11 + "c") and trace.speedup_ideal > 1.2
+    with accelerate(pipe, ReuseConfig(1)) as dense:
+        pipe("red apple")
+    assert dense.speedup_ideal == 1.0
