@@ -21,10 +21,10 @@ from blockdance.plan import Planner
 
 ADA_RESULTS = RESULTS.with_name("ada.jsonl")
 HELD_OUT = POLICY_FILE.with_name("held_out.txt")
-SAVINGS = (0.25, 0.4, 0.55, 0.7, 0.85)
+SAVINGS = (0.25, 0.4, 0.55, 0.7)
 INTERVALS = (2, 3, 4)
-SPEEDUPS = (1.2, 1.35, 1.5, 1.75, 2.0)
-SHARES = (25, 21, 18, 15)
+SPEEDUPS = (1.2, 1.35, 1.5, 1.7)
+SHARES = (25, 21, 18)
 """Plain steps, of 30."""
 KEY = ("method", "knob", "prompt", "steps")
 

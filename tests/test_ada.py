@@ -28,7 +28,7 @@ from blockdance import (
     record,
 )
 from blockdance.ada import AdaPolicy, load_demo_policy
-from blockdance.ada.imitation import Teacher, imitate
+from blockdance.ada.imitation import Examples, Teacher, hardness_of, imitate
 from blockdance.ada.policy import new_policy
 from blockdance.ada.quality import quality_named
 from blockdance.ada.reinforce import BASELINES, Price, advantages, policy_loss, try_some
@@ -41,14 +41,14 @@ from tests.tiny import BLOCKS, dit, pixart, run_dit, run_pixart
 STEPS = 10
 
 
-def policy_for(pipe: Any, cutoffs: tuple[int, ...] = (1, 3), seed: int = 0, storage: str = "latest") -> AdaPolicy:
+def policy_for(pipe: Any, cutoffs: tuple[int, ...] = (1, 3), seed: int = 1, storage: str = "latest") -> AdaPolicy:
     """An untrained policy, whose random weights are large enough to decide differently on different latents."""
     torch.manual_seed(seed)
     text = torch.zeros(1, 5, 12) if pipe.transformer.config.get("caption_channels") else None
-    policy = new_policy(
-        pipe.transformer, Moment(torch.zeros(1, 4, 8, 8), text, None, STEPS), cutoffs, storage=storage, width=16
-    )
-    torch.nn.init.normal_(policy.network.head[2].weight, std=3.0)
+    seen = Moment(torch.zeros(1, 4, 8, 8), text, None, STEPS)
+    policy = new_policy(pipe.transformer, seen, cutoffs, storage=storage, width=16)
+    for parameter in policy.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.8)
     return policy
 
 
@@ -287,6 +287,12 @@ def test_the_share_counts_reuse_steps_by_the_blocks_they_skip() -> None:
     assert reuse_share(Schedule.parse("ffccr3r1cr3", 3), 4, 3) == pytest.approx((1 + 0.5 + 1) / 4)
 
 
+def test_a_picture_that_loses_more_is_to_save_less() -> None:
+    """Losses grow by e for every 0.1 of saving; the second picture always loses e times as much as the first."""
+    losses = -torch.tensor([[4.0, 6.0], [5.0, 7.0]]).exp()
+    assert hardness_of(losses).tolist() == pytest.approx([-0.05, 0.05])
+
+
 def test_the_teacher_reuses_only_where_the_policy_decides_and_is_imitated() -> None:
     profile, pipe = load_demo_profile(), load_demo_pipeline()
     moment = Moment(torch.randn(4, 16, 8, 8), torch.randn(4, 16, 128), None, 20)
@@ -295,8 +301,12 @@ def test_the_teacher_reuses_only_where_the_policy_decides_and_is_imitated() -> N
     schedule = teacher.schedule(0.5, 20)
     assert schedule.first_reuse is not None and schedule.first_reuse >= 8
     assert reuse_share(schedule, 8, 12) == pytest.approx(0.5, abs=0.05)
-    imitate(teacher, [moment], (0.5, 0.5), torch.Generator().manual_seed(0))
-    decided = policy.with_saving(0.5).decide(moment)[0].schedule
+    hardness = torch.tensor([0.0, 0.0, 0.2, -0.2])
+    imitate(teacher, [Examples(moment, hardness)], (0.5, 0.5), torch.Generator().manual_seed(0))
+    decisions = [decision.schedule for decision in policy.with_saving(0.5).decide(moment)]
+    easy, decided, hard = (reuse_share(decisions[place], 8, 12) for place in (3, 0, 2))
+    assert easy > decided > hard
+    decided = decisions[0]
     assert sum(a is b for a, b in zip(list(decided)[8:], list(schedule)[8:], strict=True)) >= 10
     with pytest.raises(ConfigError, match=r"cutoffs must be among the profile's blocks \[6, 9, 12\] to start from, got \(3,\)"):
         Teacher(profile, new_policy(pipe.transformer, moment, [3]))

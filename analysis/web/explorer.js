@@ -138,7 +138,7 @@ const SKELETON = `
     <div class="bd-line"><input id="bd-target" type="number" value="1.5" min="1.05" step="0.05" required><button>Plan</button></div>
     <p class="bd-note" role="status"></p></form>
   <div data-part="ada" data-live class="bd-ada"><label><input type="checkbox" name="ada"> Or let Ada decide, looking at this picture</label>
-    <label>Wanted share of reuse steps <output></output><input type="range" name="saving" min="0.2" max="0.9" step="0.05"></label>
+    <label>Wanted share of reuse steps <output></output><input type="range" name="saving" min="0.2" max="0.8" step="0.05"></label>
     <p class="bd-note" role="status"></p></div>
   <details data-part="sampling" data-live class="bd-sampling"><summary>Model and sampling</summary>
     <label>Model <select name="model"></select></label>
@@ -1091,7 +1091,7 @@ class Explorer {
     number("end", 0, 1, false, config, "end");
     if (config.start > config.end) { changed.push(`start=${config.start} exceeds end=${config.end}; end is ${config.start}`); config.end = config.start; }
     if (given.has("step")) { const at = {step: 0}; number("step", 0, request.steps - 1, true, at, "step"); this.state.pinned = at.step; }
-    if (this.live && given.has("ada")) { number("ada", 0.2, 0.9, false, this.state, "saving"); this.state.ada = true; }
+    if (this.live && given.has("ada")) { number("ada", 0.2, 0.8, false, this.state, "saving"); this.state.ada = true; }
     if (this.live) among("storage", ["latest", "extrapolated"], this.state);
     among("scale", Object.keys(SCALES), this.state);
     among("mode", Object.keys(MODES), this.state);

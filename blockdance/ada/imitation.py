@@ -1,6 +1,7 @@
-"""A start for training: the planner's schedules, which know the model but not the picture."""
+"""A start for training: the planner's schedules, which know the model, and how hard each picture is."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,7 +17,11 @@ from blockdance.schedule import Schedule, StepKind
 
 SMOOTHING = 0.15
 """How probable the other kind shall be on every step, so that training still tries it."""
-UPDATES = 400
+UPDATES = 500
+BATCH = 16
+PROBES = (0.4, 0.6)
+"""Savings at which it is found out how hard a picture is."""
+SMALLEST_LOSS = 1e-7
 
 
 class Teacher:
@@ -50,23 +55,51 @@ class Teacher:
         return frontier.schedule(min(frontier.most, round(saving * decided) * (self.blocks[-1] + 1)))
 
 
-def imitate(teacher: Teacher, moments: Sequence[Moment], savings: tuple[float, float], generator: torch.Generator) -> float:
-    """Teach the policy's network the teacher's schedules for random savings, and return the last loss.
+@dataclass(frozen=True)
+class Examples:
+    """Pictures with one number of steps, and how hard each of them is."""
+
+    moment: Moment
+    """b samples."""
+    hardness: Tensor
+    """How much less than the mean picture each should save, (b,)."""
+
+
+def hardness_of(qualities: Tensor) -> Tensor:
+    """How much less each picture should save, so that one more reuse step costs the same quality in all.
+
+    Quality falls exponentially with the saving, at about the same rate for all pictures, and so for a picture that loses e times
+    as much the saving is to be less by what makes the loss grow by e.
+
+    Args:
+        qualities: of b pictures at the savings in PROBES, (b, 2), below 0.
+    """
+    losses = qualities.abs().clamp_min(SMALLEST_LOSS).log()
+    rate = ((losses[:, 1] - losses[:, 0]).mean() / (PROBES[1] - PROBES[0])).clamp_min(1.0)
+    level = losses.mean(dim=1)
+    return (level - level.mean()) / rate
+
+
+def imitate(teacher: Teacher, examples: Sequence[Examples], savings: tuple[float, float], generator: torch.Generator) -> float:
+    """Teach the policy's network the teacher's schedules, of less saving for hard pictures, and return the last loss.
 
     Args:
         teacher: of the policy.
-        moments: what the policy may see, several samples each.
-        savings: the range to draw from.
+        examples: what the policy may see.
+        savings: the range to draw wishes from.
         generator: of the chance.
     """
     policy, loss = teacher.policy, torch.zeros(())
     optimizer = torch.optim.Adam(policy.network.parameters(), lr=1e-3)
     for update in range(UPDATES):
-        moment = moments[update % len(moments)]
+        example = examples[update % len(examples)]
+        chosen = torch.randint(len(example.hardness), (BATCH,), generator=generator)
+        moment = some_of(example.moment, chosen)
         first = policy.decides_at(moment.num_steps)
         assert first is not None, "training sees runs that are long enough"
-        wanted = savings[0] + (savings[1] - savings[0]) * torch.rand(len(moment.latent), generator=generator)
-        kinds, cutoffs = targets(teacher, wanted, moment.num_steps)
+        wanted = savings[0] + (savings[1] - savings[0]) * torch.rand(BATCH, generator=generator)
+        given = (wanted - example.hardness[chosen]).clamp(0, 1)
+        kinds, cutoffs = targets(teacher, given, moment.num_steps)
         logits, which = (part.cpu() for part in policy.network(moment, first, wanted))
         smooth = SMOOTHING + (1 - 2 * SMOOTHING) * kinds
         loss = F.binary_cross_entropy_with_logits(logits, smooth)
@@ -75,6 +108,12 @@ def imitate(teacher: Teacher, moments: Sequence[Moment], savings: tuple[float, f
         loss.backward()
         optimizer.step()
     return float(loss.detach())
+
+
+def some_of(moment: Moment, chosen: Tensor) -> Moment:
+    """These samples."""
+    text, mask = [None if one is None else one[chosen] for one in (moment.text, moment.text_mask)]
+    return Moment(moment.latent[chosen], text, mask, moment.num_steps)
 
 
 def targets(teacher: Teacher, wanted: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:

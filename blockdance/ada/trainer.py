@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from blockdance.ada.imitation import Teacher, imitate
+from blockdance.ada.imitation import PROBES, Examples, Teacher, hardness_of, imitate
 from blockdance.ada.policy import AdaPolicy, new_policy, trained
 from blockdance.ada.quality import Quality
 from blockdance.ada.reinforce import BASELINES, Price, advantages, entropy, policy_loss, try_some
@@ -23,7 +23,7 @@ from blockdance.profile import Profile
 from blockdance.schedule import Schedule, StepKind
 
 CLIP_NORM = 1.0
-IMITATED = 16
+IMITATED = 96
 """Pictures that the planner's schedules are shown with."""
 KEEP_EVERY = 25
 """Updates from one checkpoint to the next."""
@@ -46,7 +46,7 @@ class TrainConfig:
     """Sampling steps; each update draws one of these."""
     baseline: str = "leave-one-out"
     """One of `reinforce.BASELINES`; `none` is the paper's."""
-    savings: tuple[float, float] | None = (0.2, 0.9)
+    savings: tuple[float, float] | None = (0.2, 0.8)
     """Range of wanted savings that the network is asked for. None is the paper's form: one network for one saving, which
     follows from the weight of quality."""
     quality_weight: float | None = None
@@ -127,11 +127,17 @@ class Trainer:
             self._restore()
 
     def _imitate(self, profile: Profile) -> None:
-        generator = torch.Generator().manual_seed(self.config.seed)
-        size = min(IMITATED, len(self.prompts))
-        tasks = [[Task(self.prompts[place], place, steps) for place in range(size)] for steps in self.config.steps]
-        moments = [merged([self.studio.scene(task) for task in some]) for some in tasks]
-        imitate(Teacher(profile, self.policy), moments, self.config.savings or (0.5, 0.5), generator)
+        """Draw some pictures at two savings each, and teach the network the planner's schedules for them."""
+        generator, teacher = torch.Generator().manual_seed(self.config.seed), Teacher(profile, self.policy)
+        examples = []
+        for steps in dict.fromkeys(self.config.steps):
+            places = torch.randperm(len(self.prompts), generator=generator)[:IMITATED].tolist()
+            scenes = [self.studio.scene(Task(self.prompts[place], place, steps)) for place in places]
+            probes = [teacher.schedule(saving, steps) for saving in PROBES]
+            shown = tqdm(scenes, desc=f"probing, {steps} steps", disable=not self.accelerator.is_main_process)
+            lost = [self.quality(one.task.prompt, one.picture, self.studio.play(one, probes)) for one in shown]
+            examples.append(Examples(merged(scenes), hardness_of(torch.tensor(lost))))
+        imitate(teacher, examples, self.config.savings or (0.5, 0.5), generator)
 
     def run(self, minutes: float | None = None) -> AdaPolicy:
         """Train to the last update, or for so many minutes, and keep what came of it."""
