@@ -9,6 +9,8 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
+from analysis.ada import ADA_RESULTS, held_out
+from analysis.ada import measure as measure_ada
 from analysis.architectures import ARCHITECTURES
 from analysis.atlas import ATLAS, CUTOFFS, INTERVALS, REQUESTS, ROUNDS, WINDOWS, build_atlas
 from analysis.bench import BENCHES, MAX_REPEATS, OVERHEAD_ROUNDS, REPEATS, run_bench
@@ -23,9 +25,11 @@ from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.rivals import METHODS
 from analysis.site import export_site
 from analysis.tables import BEGIN, END, render, update_readme
+from analysis.tables_ada import ada_figure, render_ada, update_ada
 from analysis.tables_compare import CURVES, compare_figure, render_compare, update_compare, write_curves
 from analysis.tables_full_size import render_full_size, update_full_size
-from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline, own_profile
+from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline, load_demo_profile, own_profile
+from blockdance.ada import load_demo_policy
 from blockdance.demo import PROFILE_FILE
 from blockdance.storage import RULES
 
@@ -42,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     add_bench(commands.add_parser("bench", help="measure speedup, overheads, cache and app, and write a results file"))
     add_compare(commands.add_parser("compare", help="compare BlockDance with what a user would pick instead"))
+    add_ada(commands.add_parser("ada", help="measure what a schedule for each picture gains"))
     add_atlas(commands.add_parser("atlas", help="compute the comparisons that the page ships with"))
     add_profile(commands.add_parser("profile", help="measure what the planner must know of the model in the box"))
     add_site(commands.add_parser("export-site", help="write the explorer as a static site"))
@@ -111,6 +116,17 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_compare)
 
 
+def add_ada(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw held-out prompts with BlockDance-Ada, with fixed, planned and random schedules, and with fewer steps, and write "
+        "one JSON line for each. What the results file has is not drawn again."
+    )
+    parser.add_argument("--prompts", nargs="+", help="what to draw (default: the 128 of assets/ada/held_out.txt)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[30, 50], help="sampling steps (default: 30 50)")
+    parser.add_argument("--out", type=Path, default=ADA_RESULTS, help="results file (default: assets/results/ada.jsonl)")
+    parser.set_defaults(run=run_ada)
+
+
 def add_atlas(parser: argparse.ArgumentParser) -> None:
     settings = len(INTERVALS) * len(CUTOFFS) * len(WINDOWS)
     parser.description = (
@@ -157,6 +173,12 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=COMPARE_RESULTS,
         help="results file of the comparison, if there is one (default: assets/results/compare.jsonl)",
+    )
+    parser.add_argument(
+        "--ada",
+        type=Path,
+        default=ADA_RESULTS,
+        help="results file of Ada's evidence, if there is one (default: assets/results/ada.jsonl)",
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to update (default: README.md)")
     parser.set_defaults(run=tables)
@@ -234,6 +256,14 @@ def run_compare(args: argparse.Namespace) -> None:
     print(f"\nwritten             {out}")
 
 
+def run_ada(args: argparse.Namespace) -> None:
+    pipe, distance = load_demo_pipeline(), perceptual_distance()
+    policies = {"ada": load_demo_policy(), "ada-early": load_demo_policy(early=True)}
+    lines = measure_ada(pipe, policies, load_demo_profile(), args.prompts or held_out(), args.steps, distance, args.out)
+    print(render_ada([line for line in lines if line["steps"] in args.steps], str(args.out)))
+    print(f"\nwritten             {args.out}")
+
+
 def tables(args: argparse.Namespace) -> None:
     update_readme(args.readme, read_records(args.results), args.results)
     if args.compare.exists():
@@ -241,6 +271,10 @@ def tables(args: argparse.Namespace) -> None:
         if args.compare == COMPARE_RESULTS:
             write_curves(CURVES, read_records(args.compare))
             write_png(compare_figure(read_records(args.compare)), args.compare.with_name("curves.png"), 1300, 640)
+    if args.ada.exists():
+        update_ada(args.readme, read_records(args.ada), args.ada)
+        if args.ada == ADA_RESULTS:
+            write_png(ada_figure(read_records(args.ada)), args.ada.with_name("ada.png"), 1300, 900)
     if args.full_size.exists():
         update_full_size(args.readme, read_records(args.full_size), args.full_size)
     print(f"written             {args.readme}")

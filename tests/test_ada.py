@@ -306,8 +306,8 @@ def test_the_teacher_reuses_only_where_the_policy_decides_and_is_imitated() -> N
     decisions = [decision.schedule for decision in policy.with_saving(0.5).decide(moment)]
     easy, decided, hard = (reuse_share(decisions[place], 8, 12) for place in (3, 0, 2))
     assert easy > decided > hard
-    decided = decisions[0]
-    assert sum(a is b for a, b in zip(list(decided)[8:], list(schedule)[8:], strict=True)) >= 10
+    ours = decisions[0]
+    assert sum(a is b for a, b in zip(list(ours)[8:], list(schedule)[8:], strict=True)) >= 10
     with pytest.raises(ConfigError, match=r"cutoffs must be among the profile's blocks \[6, 9, 12\] to start from, got \(3,\)"):
         Teacher(profile, new_policy(pipe.transformer, moment, [3]))
 

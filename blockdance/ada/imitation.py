@@ -68,8 +68,8 @@ class Examples:
 def hardness_of(qualities: Tensor) -> Tensor:
     """How much less each picture should save, so that one more reuse step costs the same quality in all.
 
-    Quality falls exponentially with the saving, at about the same rate for all pictures, and so for a picture that loses e times
-    as much the saving is to be less by what makes the loss grow by e.
+    Quality falls exponentially with the saving, at about the same rate for all pictures, so where e times as much is lost
+    the saving is to be less by what makes the loss grow by e.
 
     Args:
         qualities: of b pictures at the savings in PROBES, (b, 2), below 0.
