@@ -9,6 +9,8 @@ import transformers
 from accelerate import PartialState
 from tqdm import tqdm
 
+from analysis.ablation import ABLATION_RESULTS, VARIANTS, render_ablation, train_all
+from analysis.ablation import measure as measure_ablation
 from analysis.ada import ADA_RESULTS, held_out
 from analysis.ada import measure as measure_ada
 from analysis.architectures import ARCHITECTURES
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench(commands.add_parser("bench", help="measure speedup, overheads, cache and app, and write a results file"))
     add_compare(commands.add_parser("compare", help="compare BlockDance with what a user would pick instead"))
     add_ada(commands.add_parser("ada", help="measure what a schedule for each picture gains"))
+    add_ablation(commands.add_parser("ada-ablation", help="train and measure each extension of Ada beside the paper's form"))
     add_atlas(commands.add_parser("atlas", help="compute the comparisons that the page ships with"))
     add_profile(commands.add_parser("profile", help="measure what the planner must know of the model in the box"))
     add_site(commands.add_parser("export-site", help="write the explorer as a static site"))
@@ -125,6 +128,16 @@ def add_ada(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 50], help="sampling steps (default: 30 50)")
     parser.add_argument("--out", type=Path, default=ADA_RESULTS, help="results file (default: assets/results/ada.jsonl)")
     parser.set_defaults(run=run_ada)
+
+
+def add_ablation(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        f"Train {len(VARIANTS)} policies that differ from the paper's form in one thing each, for a few minutes, and measure "
+        "what they decide. A training that the folder holds is not done again."
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder for the trainings")
+    parser.add_argument("--out", type=Path, default=ABLATION_RESULTS, help="default: assets/results/ada_ablation.jsonl")
+    parser.set_defaults(run=run_ablation)
 
 
 def add_atlas(parser: argparse.ArgumentParser) -> None:
@@ -261,6 +274,13 @@ def run_ada(args: argparse.Namespace) -> None:
     policies = {"ada": load_demo_policy(), "ada-early": load_demo_policy(early=True)}
     lines = measure_ada(pipe, policies, load_demo_profile(), args.prompts or held_out(), args.steps, distance, args.out)
     print(render_ada([line for line in lines if line["steps"] in args.steps], str(args.out)))
+    print(f"\nwritten             {args.out}")
+
+
+def run_ablation(args: argparse.Namespace) -> None:
+    train_all(args.folder)
+    lines = measure_ablation(load_demo_pipeline(), load_demo_profile(), args.folder, perceptual_distance(), args.out)
+    print(render_ablation(lines))
     print(f"\nwritten             {args.out}")
 
 

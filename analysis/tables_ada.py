@@ -10,6 +10,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
+from analysis.ablation import read_ablation, render_ablation
 from analysis.records import BenchError, Record
 from analysis.tables import between_markers, named, table
 from analysis.tables_compare import RESAMPLES, Point, by_steps, point, short
@@ -32,6 +33,11 @@ REFERENCE = ("fixed", "N=2")
 BINS = 16
 """Rows of the heatmap, each of as many pictures."""
 SHOWN_SAVING = "0.55"
+ABLATION = (
+    "Each extension beside the paper's form: trained for 60 updates with {steps} steps, each measured on {pictures} held-out "
+    "prompts. Savings differ, so the planner's schedule with as many reuse steps stands beside each. `python -m "
+    "analysis ada-ablation DIR` trained and measured them."
+)
 
 
 def curves(lines: Sequence[Record]) -> dict[str, list[Point]]:
@@ -120,13 +126,19 @@ def render_ada(lines: Sequence[Record], results: str) -> str:
     first = lines[0]
     prompts, machine = len({line["prompt"] for line in lines}), first["machine"]
     parts = [
-        f"The model in the box, {prompts} prompts that no training has seen, {first['sampler']}, "
-        f"guidance {first['guidance']:g}, on {machine['cpu']}, {machine['torch_threads']} thread. Speed is the ratio of the median seconds of the whole call (of replayed steps the "
-        f"baseline's), the decision included. {first['lpips_name']} to the baseline, mean over prompts (95 % interval) and "
-        f"worst; a difference, not a quality. `{COMMAND}` wrote [`{results}`]({results})."
+        f"The model in the box, {prompts} prompts that no training has seen, {first['sampler']}, guidance "
+        f"{first['guidance']:g}, on {machine['cpu']}, {machine['torch_threads']} thread. Speed is the ratio of the median "
+        f"seconds of the whole call (of replayed steps the baseline's), the decision included. {first['lpips_name']} to the "
+        f"baseline, mean over prompts (95 % interval) and worst; a difference, not a quality. `{COMMAND}` wrote "
+        f"[`{results}`]({results})."
     ]
     for steps, some in by_steps(lines).items():
-        parts += [f"**{steps} steps.** {said(some)}", rows_of(some)]
+        summary = f"<details><summary>Every setting, {steps} steps</summary>"
+        parts += [f"**{steps} steps.** {said(some)}", f"{summary}\n\n{rows_of(some)}\n\n</details>"]
+    ablation = read_ablation()
+    if ablation:
+        parts += [ABLATION.format(pictures=len({line["prompt"] for line in ablation}), steps=ablation[0]["steps"])]
+        parts += [render_ablation(ablation)]
     return "\n\n".join(parts)
 
 
