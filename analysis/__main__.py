@@ -6,7 +6,7 @@ from pathlib import Path
 
 import diffusers
 import transformers
-from accelerate import PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from analysis.ablation import ABLATION_RESULTS, VARIANTS, render_ablation, train_all
@@ -257,7 +257,7 @@ def run_compare(args: argparse.Namespace) -> None:
     requests = [Request(prompt, args.seed, args.steps) for prompt in args.prompts or read_prompts()]
     out = COMPARE_RESULTS if args.out == COMPARE_RESULTS.parent else args.out / "results.jsonl"
     names = args.methods or [name for name, method in METHODS.items() if is_installed(method.package)]
-    processes = PartialState()
+    processes = Accelerator()  # unlike PartialState it heeds ACCELERATE_USE_CPU
     everything = compare(load_demo_pipeline().to(processes.device), requests, names, perceptual_distance(), out)
     if not processes.is_main_process:
         return

@@ -32,7 +32,7 @@ from blockdance.ada.imitation import Examples, Teacher, hardness_of, imitate
 from blockdance.ada.policy import new_policy
 from blockdance.ada.quality import quality_named
 from blockdance.ada.reinforce import BASELINES, Price, advantages, policy_loss, try_some
-from blockdance.ada.rollouts import Studio, Task
+from blockdance.ada.rollouts import Environment, Task
 from blockdance.ada.trainer import TrainConfig, Trainer, reuse_share
 from blockdance.policy import Moment
 from blockdance.storage import Extrapolated
@@ -316,8 +316,8 @@ CONFIG = TrainConfig(updates=3, scenes=2, rollouts=3, steps=(6,))
 
 
 def trainer(folder: Path, config: TrainConfig = CONFIG, cutoffs: tuple[int, ...] = (6, 12)) -> Trainer:
-    studio = Studio(load_demo_pipeline(), 0.4, policy_for(pixart()).storage, {})
-    return Trainer(studio, quality_named("ssim"), ["pizza", "owl", "crab"], cutoffs, config, folder, Accelerator(cpu=True))
+    environment = Environment(load_demo_pipeline(), 0.4, policy_for(pixart()).storage, {})
+    return Trainer(environment, quality_named("ssim"), ["pizza", "owl", "crab"], cutoffs, config, folder, Accelerator(cpu=True))
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -344,10 +344,10 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_end(tmp_path: Path, con
 
 def test_training_leaves_the_diffusion_model_alone(tmp_path: Path) -> None:
     one = trainer(tmp_path)
-    before = {name: weight.clone() for name, weight in one.studio.pipe.transformer.state_dict().items()}
+    before = {name: weight.clone() for name, weight in one.environment.pipe.transformer.state_dict().items()}
     one.run()
-    assert all(torch.equal(before[name], weight) for name, weight in one.studio.pipe.transformer.state_dict().items())
-    assert not any(parameter.grad is not None for parameter in one.studio.pipe.transformer.parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in one.environment.pipe.transformer.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in one.environment.pipe.transformer.parameters())
 
 
 def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
@@ -358,9 +358,9 @@ def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
 
 def test_a_rollout_is_what_the_pipeline_draws_with_that_schedule() -> None:
     pipe = load_demo_pipeline()
-    studio, task = Studio(pipe, 0.4, policy_for(pixart()).storage, {}), Task("pizza", 7, 8)
+    environment, task = Environment(pipe, 0.4, policy_for(pixart()).storage, {}), Task("pizza", 7, 8)
     schedules = [Schedule.parse("ffcrrrrr", 12), Schedule.parse("ffccrccr", 12)]
-    pictures = studio.play(studio.scene(task), schedules)
+    pictures = environment.play(environment.scene(task), schedules)
     for picture, schedule in zip(pictures, schedules, strict=True):
         with accelerate(pipe, schedule):
             output = pipe("pizza", num_inference_steps=8, generator=torch.Generator().manual_seed(7), output_type="np")

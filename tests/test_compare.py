@@ -153,15 +153,16 @@ def test_two_processes_write_the_lines_of_one(tmp_path: Path) -> None:
     two = [
         sys.executable,
         "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
         "2",
         *arguments,
         "--out",
         str(tmp_path / "two"),
     ]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # sums of floats depend on the number of threads
+    alone |= {"ACCELERATE_USE_CPU": "true"}  # without it accelerate sees one process on a CPU
     running = [subprocess.Popen(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in (one, two)]
     for process in running:
         _, error = process.communicate(timeout=300)

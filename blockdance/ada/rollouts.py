@@ -67,7 +67,7 @@ class Watcher(Part):
         self._sample_rows = sample_rows
 
 
-class Studio:
+class Environment:
     """Draws tasks plainly, and again with schedules from where the baseline leaves off.
 
     Args:

@@ -14,7 +14,7 @@ from blockdance.ada.curves import write_curves
 from blockdance.ada.policy import RHO
 from blockdance.ada.quality import QUALITIES, quality_named
 from blockdance.ada.reinforce import BASELINES
-from blockdance.ada.rollouts import Studio
+from blockdance.ada.rollouts import Environment
 from blockdance.ada.trainer import TrainConfig, Trainer
 from blockdance.errors import BlockDanceError, ConfigError
 from blockdance.presets import DEMO, load_pipeline
@@ -76,14 +76,14 @@ def train(args: argparse.Namespace) -> None:
         args.seed,
     )  # fmt: skip
     prompts, quality = read_lines(args.prompts), quality_named(args.quality)
-    pipe = load_pipeline(args.model)
+    accelerator = Accelerator()
+    pipe = load_pipeline(args.model).to(accelerator.device)
     cutoffs = sorted(args.cutoffs or [default_cutoff(depth_of(pipe))])
     check_cutoff(cutoffs[-1], depth_of(pipe))
     call = {} if args.guidance is None else {"guidance_scale": args.guidance}
-    studio = Studio(pipe, args.rho, rule_named(args.storage), call)
-    accelerator = Accelerator(cpu=not next(pipe.transformer.parameters()).is_cuda)
+    environment = Environment(pipe, args.rho, rule_named(args.storage), call)
     profile = None if args.profile is None else Profile.load(args.profile)
-    trainer = Trainer(studio, quality, prompts, cutoffs, config, args.out, accelerator, args.storage, profile)
+    trainer = Trainer(environment, quality, prompts, cutoffs, config, args.out, accelerator, args.storage, profile)
     trainer.run(args.minutes)
     if accelerator.is_main_process:
         write_curves(args.out / "log.jsonl", args.out / "curves.html")

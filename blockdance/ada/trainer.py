@@ -16,7 +16,7 @@ from blockdance.ada.imitation import PROBES, Examples, Teacher, hardness_of, imi
 from blockdance.ada.policy import AdaPolicy, new_policy, trained
 from blockdance.ada.quality import Quality
 from blockdance.ada.reinforce import BASELINES, Price, advantages, entropy, policy_loss, try_some
-from blockdance.ada.rollouts import Scene, Studio, Task
+from blockdance.ada.rollouts import Environment, Scene, Task
 from blockdance.errors import ConfigError
 from blockdance.policy import Moment
 from blockdance.profile import Profile
@@ -95,7 +95,7 @@ class Trainer:
     """One training, which goes on where its folder says it was.
 
     Args:
-        studio: draws.
+        environment: draws.
         quality: Q.
         prompts: what to draw; each always from the same noise, so that its baseline is drawn once.
         cutoffs: blocks to choose among.
@@ -107,15 +107,15 @@ class Trainer:
     """
 
     def __init__(
-        self, studio: Studio, quality: Quality, prompts: Sequence[str], cutoffs: Sequence[int], config: TrainConfig,
+        self, environment: Environment, quality: Quality, prompts: Sequence[str], cutoffs: Sequence[int], config: TrainConfig,
         folder: Path, accelerator: Accelerator, storage: str = "latest",
         profile: Profile | None = None,
     ) -> None:  # fmt: skip
-        self.studio, self.quality, self.prompts, self.config = studio, quality, prompts, config
+        self.environment, self.quality, self.prompts, self.config = environment, quality, prompts, config
         self.folder, self.accelerator = folder, accelerator
         torch.manual_seed(config.seed)
-        example = studio.scene(Task(prompts[0], 0, config.steps[0])).moment
-        self.policy = new_policy(studio.pipe.transformer, example, cutoffs, rho=studio.rho, storage=storage)
+        example = environment.scene(Task(prompts[0], 0, config.steps[0])).moment
+        self.policy = new_policy(environment.pipe.transformer, example, cutoffs, rho=environment.rho, storage=storage)
         self.policy.network.to(accelerator.device)
         if profile is not None and not (folder / "state.pt").exists():
             self._imitate(profile)
@@ -132,10 +132,10 @@ class Trainer:
         examples = []
         for steps in dict.fromkeys(self.config.steps):
             places = torch.randperm(len(self.prompts), generator=generator)[:IMITATED].tolist()
-            scenes = [self.studio.scene(Task(self.prompts[place], place, steps)) for place in places]
+            scenes = [self.environment.scene(Task(self.prompts[place], place, steps)) for place in places]
             probes = [teacher.schedule(saving, steps) for saving in PROBES]
             shown = tqdm(scenes, desc=f"probing, {steps} steps", disable=not self.accelerator.is_main_process)
-            lost = [self.quality(one.task.prompt, one.picture, self.studio.play(one, probes)) for one in shown]
+            lost = [self.quality(one.task.prompt, one.picture, self.environment.play(one, probes)) for one in shown]
             examples.append(Examples(merged(scenes), hardness_of(torch.tensor(lost))))
         imitate(teacher, examples, self.config.savings or (0.5, 0.5), generator)
 
@@ -167,10 +167,10 @@ class Trainer:
         )
         num_steps = config.steps[int(torch.randint(len(config.steps), (1,), generator=generator))]
         chosen = torch.randint(len(self.prompts), (config.scenes,), generator=generator).tolist()
-        scenes = [self.studio.scene(Task(self.prompts[place], place, num_steps)) for place in chosen]
+        scenes = [self.environment.scene(Task(self.prompts[place], place, num_steps)) for place in chosen]
         low, high = config.savings or (0.5, 0.5)
         wanted = low + (high - low) * torch.rand(config.scenes, generator=generator)
-        moment, first = merged(scenes), round(self.studio.rho * num_steps)
+        moment, first = merged(scenes), round(self.environment.rho * num_steps)
         logits, cutoffs = (part.cpu() for part in self.network(moment, first, wanted))
         tried = try_some(logits, cutoffs, config.rollouts, generator)
         saving, quality = self._outcomes(scenes, tried.is_cache, tried.cutoffs, first)
@@ -203,7 +203,7 @@ class Trainer:
             steps = scene.task.steps
             schedules = [self.policy.schedule_of(*one, steps) for one in zip(keeps, which, strict=True)]
             savings.append([reuse_share(schedule, first, self.policy.cutoffs[-1]) for schedule in schedules])
-            pictures = self.studio.play(scene, schedules)
+            pictures = self.environment.play(scene, schedules)
             qualities.append(self.quality(scene.task.prompt, scene.picture, pictures))
         return torch.tensor(savings), torch.tensor(qualities)
 
