@@ -52,7 +52,12 @@ class Handlers:
 
     def decide(self, order: Json) -> Iterator[Json]:
         """Let Ada decide on the prompt, or on each of several."""
-        return self._answer(order, "decide")
+        name = order.get("model")
+        if name == DEMO:
+            yield from self._answer(order, "decide")
+        else:
+            error = f"model must be {DEMO} to let Ada decide, as it alone ships with a policy, got {name!r}"
+            yield refused(order, UnsupportedModelError(error))
 
     def _answer(self, order: Json, what: str) -> Iterator[Json]:
         """Do the work where the model is; a ZeroGPU Space lends its GPU for this alone, and only to a model that uses it."""
@@ -91,10 +96,6 @@ class Handlers:
         request, prompts = parse_order(order)[0], order.get("prompts")
         if prompts is not None and not (isinstance(prompts, list) and 1 <= len(prompts) <= MOST_PROMPTS):
             raise RequestError(f"prompts must be a list of 1 to {MOST_PROMPTS} texts, got {prompts!r}")
-        if order["model"] != DEMO:
-            raise UnsupportedModelError(
-                f"model must be {DEMO} to let Ada decide, as it alone ships with a policy, got {order['model']!r}"
-            )
         policy = demo_policy().with_saving(order.get("saving"))  # type: ignore[arg-type]  # judged by the policy itself
         requests = [replace(request, prompt=prompt) for prompt in prompts or [request.prompt]]
         for view in self.models.engine(str(order["model"])).decided(requests, policy):

@@ -202,3 +202,39 @@ def test_an_animation_shows_every_step_of_both(handlers: Handlers) -> None:
     animation = Image.open(io.BytesIO(base64.b64decode(last["animation"].split(",")[1])))
     assert animation.format == "GIF" and animation.size == (2 * 64 * 3, 64 * 3)
     assert animation.n_frames == 8  # type: ignore[attr-defined]
+
+
+def test_what_ada_decides_comes_with_its_probabilities_and_pictures(handlers: Handlers) -> None:
+    *_, last = handlers.decide(ORDER | {"saving": 0.5})
+    (one,) = last["decided"]
+    assert (last["phase"], last["key"], one["prompt"], one["saving"], one["first"]) == (
+        "done",
+        "order 7",
+        "tulip zyxgrblt",
+        0.5,
+        3,
+    )
+    kinds = ["c" if probability >= 0.5 else "r" for probability in one["probabilities"]]
+    assert one["schedule"] == "ffc" + "".join(kinds)
+    baseline = run_baseline(handlers.models.engine("demo").pipe, Request("tulip zyxgrblt", 5, 8))
+    schedule = Schedule.parse(one["schedule"], one["cutoff_block"])
+    variant = run_variant(handlers.models.engine("demo").pipe, baseline.request, schedule)
+    for picture, name in ((baseline.picture, "baseline"), (variant.picture, "picture")):
+        assert np.array_equal(picture_in(one[name]), picture)
+
+
+def test_two_prompts_are_decided_on_one_after_the_other(handlers: Handlers) -> None:
+    *_, last = handlers.decide(ORDER | {"saving": 0.4, "prompts": ["pizza", "castle"]})
+    assert [one["prompt"] for one in last["decided"]] == ["pizza", "castle"]
+
+
+def test_what_ada_cannot_decide_is_a_toast(handlers: Handlers, toasts: list[str]) -> None:
+    for change, words in (
+        ({"saving": 2}, "saving must be a share in [0, 1], got 2."),
+        ({}, "saving must be a share in [0, 1], got None."),
+        ({"saving": 0.5, "prompts": ["a", "b", "c"]}, "prompts must be a list of 1 to 2 texts"),
+        ({"saving": 0.5, "model": "dit-xl-2-256"}, "model must be demo to let Ada decide, as it alone ships with a policy"),
+        ({"saving": 0.5, "prompts": ["pizza", " "]}, "prompt must be a text that is not empty"),
+    ):
+        (last,) = handlers.decide(ORDER | change)
+        assert last["phase"] == "done" and words in toasts[-1]

@@ -71,9 +71,9 @@ def train(args: argparse.Namespace) -> None:
         BlockDanceError: a value outside its range.
     """
     config = TrainConfig(
-        args.updates, args.scenes, args.rollouts, tuple(args.steps), args.baseline,
-        None if args.one_saving else TrainConfig.savings, args.quality_weight, args.learning_rate, args.entropy_weight,
-        args.seed,
+        updates=args.updates, scenes=args.scenes, rollouts=args.rollouts, steps=tuple(args.steps), baseline=args.baseline,
+        savings=None if args.one_saving else TrainConfig.savings, quality_weight=args.quality_weight,
+        learning_rate=args.learning_rate, entropy_weight=args.entropy_weight, seed=args.seed,
     )  # fmt: skip
     prompts, quality = read_lines(args.prompts), quality_named(args.quality)
     accelerator = Accelerator()
