@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from analysis.ada import held_out
+from analysis.ada import Rivals, held_out
 from analysis.experiment import Request, run_baseline, run_variant
 from analysis.metrics import PerceptualDistance, difference
 from analysis.records import RESULTS, Record, provenance, read_records
@@ -16,7 +16,6 @@ from analysis.tables import table
 from analysis.tables_compare import short
 from blockdance import Profile, StepKind
 from blockdance.ada import AdaPolicy
-from blockdance.ada.imitation import Teacher
 from blockdance.ada.train import main as train
 from blockdance.demo import PROFILE_FILE
 
@@ -41,7 +40,7 @@ SAID = {
     "leave-one-out": "with the mean of the other rollouts as baseline term",
     "self-critical": "with the greedy schedule's reward as baseline term",
     "saving-input": "leave-one-out, and the wanted saving as an input",
-    "planner-start": "the same, from the planner's schedules",
+    "planner-start": "the same, from an order of the steps that the planner's profile gives",
     "cutoff-head": "leave-one-out, and a cutoff of 6, 9 or 12 on each step",
     "ssim": "leave-one-out, with SSIM as Q",
 }
@@ -65,12 +64,17 @@ def measure(pipe: Any, profile: Profile, folder: Path, distance: PerceptualDista
     for name in tqdm(VARIANTS, desc="ablation"):
         policy = AdaPolicy.load(folder / name / "policy.safetensors", SAVING)
         last = json.loads((folder / name / "log.jsonl").read_text().splitlines()[-1])
-        teacher = Teacher(profile, policy)
+        late = Rivals(policy, profile).late(STEPS)
         for request, baseline in zip(requests, baselines, strict=True):
             ours = run_variant(pipe, request, policy, baseline.recording)
             decided = list(ours.schedule)[policy.decides_at(STEPS) :]
             share = float(np.mean([kind is StepKind.REUSE for kind in decided]))
-            planned = run_variant(pipe, request, teacher.schedule(share, STEPS), baseline.recording)
+            planned = run_variant(
+                pipe,
+                request,
+                late.schedule(min(late.most, round(share * len(decided)) * (policy.cutoffs[-1] + 1))),
+                baseline.recording,
+            )
             lines.append(
                 provenance()
                 | {"bench": "ada-ablation", "variant": name, "prompt": request.prompt, "steps": STEPS, "share": share}

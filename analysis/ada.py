@@ -16,7 +16,7 @@ from analysis.pictures import as_jpeg_bytes
 from analysis.records import RESULTS, Record, provenance, read_records
 from blockdance import Profile, ReuseConfig, Schedule, StepKind, fixed_schedule
 from blockdance.ada import POLICY_FILE, AdaPolicy
-from blockdance.ada.imitation import Teacher
+from blockdance.frontier import Frontier
 from blockdance.plan import Planner
 
 ADA_RESULTS = RESULTS.with_name("ada.jsonl")
@@ -41,11 +41,18 @@ class Rivals:
         blocks, cutoff = self.profile.num_blocks, self.policy.cutoffs[-1]
         for interval in INTERVALS:
             yield "fixed", f"N={interval}", fixed_schedule(ReuseConfig(interval, cutoff), steps, blocks)
-        planner, teacher = Planner(self.profile, steps, self.policy.storage), Teacher(self.profile, self.policy)
+        planner, late = Planner(self.profile, steps, self.policy.storage), self.late(steps)
         for speedup in SPEEDUPS:
             yield "planned", f"{speedup:g}x", planner.for_speedup(min(speedup, planner.fastest)).schedule
         for saving in SAVINGS:
-            yield "planned-late", f"{saving:g}", teacher.schedule(saving, steps)
+            decided = steps - late.first
+            yield "planned-late", f"{saving:g}", late.schedule(min(late.most, round(saving * decided) * (cutoff + 1)))
+
+    def late(self, steps: int) -> Frontier:
+        """The planner's schedules that reuse only where the policy decides."""
+        first = self.policy.decides_at(steps) or steps
+        expected = self.profile.expected(steps).of(self.policy.cutoffs[-1])
+        return Frontier(expected, steps, self.profile.num_blocks, self.policy.storage, first)
 
 
 def shuffled(schedule: Schedule, first: int, chance: random.Random) -> Schedule:

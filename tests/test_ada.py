@@ -28,7 +28,7 @@ from blockdance import (
     record,
 )
 from blockdance.ada import AdaPolicy, load_demo_policy
-from blockdance.ada.imitation import Examples, Teacher, hardness_of, imitate
+from blockdance.ada.imitation import Examples, Teacher, expected_change, hardness_of, imitate
 from blockdance.ada.policy import new_policy
 from blockdance.ada.quality import quality_named
 from blockdance.ada.reinforce import BASELINES, Price, advantages, policy_loss, try_some
@@ -296,20 +296,30 @@ def test_a_picture_that_loses_more_is_to_save_less() -> None:
 def test_the_teacher_reuses_only_where_the_policy_decides_and_is_imitated() -> None:
     profile, pipe = load_demo_profile(), load_demo_pipeline()
     moment = Moment(torch.randn(4, 16, 8, 8), torch.randn(4, 16, 128), None, 20)
-    policy = new_policy(pipe.transformer, moment, [12], width=32)
+    policy = new_policy(pipe.transformer, moment, [6, 12], width=32)
     teacher = Teacher(profile, policy)
-    schedule = teacher.schedule(0.5, 20)
-    assert schedule.first_reuse is not None and schedule.first_reuse >= 8
-    assert reuse_share(schedule, 8, 12) == pytest.approx(0.5, abs=0.05)
-    hardness = torch.tensor([0.0, 0.0, 0.2, -0.2])
-    imitate(teacher, [Examples(moment, hardness)], (0.5, 0.5), torch.Generator().manual_seed(0))
+    schedules = [teacher.schedule(saving, 20) for saving in (0.25, 0.5, 0.75)]
+    assert all((one.first_reuse or 0) >= 8 and one.cutoff_block == 12 for one in schedules)
+    assert [reuse_share(one, 8, 12) for one in schedules] == [0.25, 0.5, 0.75]
+    reused = [{step for step in range(20) if one[step].value == "r"} for one in schedules]
+    assert reused[0] < reused[1] < reused[2]
+    imitate(teacher, [Examples(moment, torch.tensor([0.0, 0.0, 0.2, -0.2]))], (0.5, 0.5), torch.Generator().manual_seed(0))
     decisions = [decision.schedule for decision in policy.with_saving(0.5).decide(moment)]
-    easy, decided, hard = (reuse_share(decisions[place], 8, 12) for place in (3, 0, 2))
-    assert easy > decided > hard
-    ours = decisions[0]
-    assert sum(a is b for a, b in zip(list(ours)[8:], list(schedule)[8:], strict=True)) >= 10
-    with pytest.raises(ConfigError, match=r"cutoffs must be among the profile's blocks \[6, 9, 12\] to start from, got \(3,\)"):
+    assert str(decisions[0]) == str(decisions[1]) == str(schedules[1])
+    assert [round(reuse_share(one, 8, 12), 2) for one in decisions[2:]] == pytest.approx([0.3, 0.7], abs=0.05)
+    with pytest.raises(ConfigError, match=r"deepest cutoff must be among the profile's \[6, 9, 12\] to start from it, got 3"):
         Teacher(profile, new_policy(pipe.transformer, moment, [3]))
+
+
+def test_the_teachers_order_takes_the_step_with_the_least_expected_change_next() -> None:
+    profile, policy = load_demo_profile(), policy_for(pixart(), (6, 12))
+    teacher, expected = Teacher(profile, policy), profile.expected(10)
+    order = teacher.ranks(10).argsort().tolist()
+    alone = [expected_change(expected, 12, {step}, policy.storage) for step in range(4, 10)]
+    assert order[0] == int(np.argmin(alone))
+    assert alone[0] == pytest.approx(expected.change(4, 12, [3], np.ones(1)) ** 2)
+    pair = expected_change(expected, 12, {4, 5}, policy.storage)
+    assert pair == pytest.approx(alone[0] + expected.change(5, 12, [3], np.ones(1)) ** 2)
 
 
 CONFIG = TrainConfig(updates=3, scenes=2, rollouts=3, steps=(6,))

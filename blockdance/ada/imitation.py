@@ -1,4 +1,4 @@
-"""A start for training: the planner's schedules, which know the model, and how hard each picture is."""
+"""A start for training: an order of the steps, from what the planner knows of the model, and how hard each picture is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,51 +8,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdance.ada.policy import AdaPolicy
+from blockdance.ada.policy import THRESHOLD, AdaPolicy
 from blockdance.errors import ConfigError
-from blockdance.frontier import Frontier
 from blockdance.policy import Moment
-from blockdance.profile import Expected, Profile
-from blockdance.schedule import Schedule, StepKind
+from blockdance.profile import Expected, Profile, mixing_weights
+from blockdance.schedule import Schedule
+from blockdance.storage import StorageRule
 
-SMOOTHING = 0.15
-"""How probable the other kind shall be on every step, so that training still tries it."""
-UPDATES = 500
-BATCH = 16
+SOFTNESS = 1.0
+"""Of the teacher's choice between cache and reuse, in steps: those near its boundary stay open, for training to try."""
+UPDATES = 800
+BATCH = 24
 PROBES = (0.4, 0.6)
 """Savings at which it is found out how hard a picture is."""
 SMALLEST_LOSS = 1e-7
 
 
 class Teacher:
-    """The planner's schedules of a policy's savings, with reuse only where the policy decides.
+    """Says in which order the steps that a policy decides on should begin to reuse, as more is to be saved.
+
+    Greedily by the change of the picture that the profile expects, so the schedules of larger savings hold those of smaller ones, and
+    a network that is not sure of the saving is still sure of most steps. The planner's own schedules, which need not hold each
+    other, expect up to a third less change.
 
     Raises:
-        ConfigError: the profile knows none of the policy's cutoffs.
+        ConfigError: the profile does not know the policy's deepest cutoff.
     """
 
     def __init__(self, profile: Profile, policy: AdaPolicy) -> None:
-        known = [block for block in policy.cutoffs if block in profile.blocks]
-        if not known:
+        self.block = policy.cutoffs[-1]
+        if self.block not in profile.blocks:
             raise ConfigError(
-                f"cutoffs must be among the profile's blocks {profile.blocks} to start from, got {policy.cutoffs}"
+                f"the deepest cutoff must be among the profile's {profile.blocks} to start from it, got {self.block}"
             )
-        self.profile, self.policy, self.blocks = profile, policy, known
-        self.frontier = cache(self._frontier)
+        self.profile, self.policy = profile, policy
+        self.ranks = cache(self._ranks)
 
-    def _frontier(self, num_steps: int) -> Frontier:
-        every = self.profile.expected(num_steps)
-        some = Expected(
-            {block: every.products[block] for block in self.blocks}, {block: every.sensitivity[block] for block in self.blocks}
-        )
+    def _ranks(self, num_steps: int) -> Tensor:
+        """For every step decided on its place in the order, (decided steps,)."""
         first = self.policy.decides_at(num_steps) or num_steps
-        return Frontier(some, num_steps, self.profile.num_blocks, self.policy.storage, first)
+        expected, order = self.profile.expected(num_steps), list[int]()
+        left = list(range(first, num_steps))
+        while left:
+            best = min(left, key=lambda step: expected_change(expected, self.block, {*order, step}, self.policy.storage))
+            left.remove(best)
+            order.append(best)
+        return torch.tensor([float(order.index(step)) for step in range(first, num_steps)])
+
+    def probabilities(self, savings: Tensor, num_steps: int) -> Tensor:
+        """Of a cache step, (b, decided steps), for savings (b,)."""
+        ranks = self.ranks(num_steps)
+        return ((ranks + 0.5 - savings[:, None] * len(ranks)) / SOFTNESS).sigmoid()
 
     def schedule(self, saving: float, num_steps: int) -> Schedule:
-        """The schedule with the least expected change that reuses on about this share of the steps decided on."""
-        frontier = self.frontier(num_steps)
-        decided = num_steps - (self.policy.decides_at(num_steps) or num_steps)
-        return frontier.schedule(min(frontier.most, round(saving * decided) * (self.blocks[-1] + 1)))
+        """The schedule that reuses on this share of the steps decided on."""
+        is_cache = (self.probabilities(torch.tensor([saving]), num_steps)[0] >= THRESHOLD).tolist()
+        return self.policy.schedule_of(is_cache, [len(self.policy.cutoffs) - 1] * len(is_cache), num_steps)
+
+
+def expected_change(expected: Expected, block: int, reused: set[int], storage: StorageRule) -> float:
+    """The change of the picture, squared, if these steps reuse."""
+    steps, change, donors = len(expected.products[block]), 0.0, list[int]()
+    for step in range(steps):
+        if step in reused:
+            change += expected.change(step, block, donors, mixing_weights(storage, donors, step)) ** 2
+        else:
+            donors = [*donors, step][-storage.points :]
+    return change
 
 
 @dataclass(frozen=True)
@@ -99,11 +121,10 @@ def imitate(teacher: Teacher, examples: Sequence[Examples], savings: tuple[float
         assert first is not None, "training sees runs that are long enough"
         wanted = savings[0] + (savings[1] - savings[0]) * torch.rand(BATCH, generator=generator)
         given = (wanted - example.hardness[chosen]).clamp(0, 1)
-        kinds, cutoffs = targets(teacher, given, moment.num_steps)
         logits, which = (part.cpu() for part in policy.network(moment, first, wanted))
-        smooth = SMOOTHING + (1 - 2 * SMOOTHING) * kinds
-        loss = F.binary_cross_entropy_with_logits(logits, smooth)
-        loss = loss + F.cross_entropy(which.flatten(0, 1), cutoffs.flatten(), label_smoothing=SMOOTHING)
+        loss = F.binary_cross_entropy_with_logits(logits, teacher.probabilities(given, moment.num_steps))
+        deepest = torch.full(logits.shape, which.shape[-1] - 1)
+        loss = loss + F.cross_entropy(which.flatten(0, 1), deepest.flatten(), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -114,18 +135,3 @@ def some_of(moment: Moment, chosen: Tensor) -> Moment:
     """These samples."""
     text, mask = [None if one is None else one[chosen] for one in (moment.text, moment.text_mask)]
     return Moment(moment.latent[chosen], text, mask, moment.num_steps)
-
-
-def targets(teacher: Teacher, wanted: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """1 where the teacher does not reuse, and the place of its cutoff, (b, decided steps) each."""
-    policy = teacher.policy
-    first = policy.decides_at(num_steps) or num_steps
-    schedules = [teacher.schedule(float(saving), num_steps) for saving in wanted]
-    decided = range(first, num_steps)
-    kinds = [[float(one[step] is not StepKind.REUSE) for step in decided] for one in schedules]
-    deepest = list(policy.cutoffs).index(teacher.blocks[-1])
-    places = [
-        [list(policy.cutoffs).index(one.cutoff_at(step)) if one[step] is StepKind.REUSE else deepest for step in decided]
-        for one in schedules
-    ]
-    return torch.tensor(kinds), torch.tensor(places)
