@@ -69,12 +69,8 @@ def measure(pipe: Any, profile: Profile, folder: Path, distance: PerceptualDista
             ours = run_variant(pipe, request, policy, baseline.recording)
             decided = list(ours.schedule)[policy.decides_at(STEPS) :]
             share = float(np.mean([kind is StepKind.REUSE for kind in decided]))
-            planned = run_variant(
-                pipe,
-                request,
-                late.schedule(min(late.most, round(share * len(decided)) * (policy.cutoffs[-1] + 1))),
-                baseline.recording,
-            )
+            saved = round(share * len(decided)) * (policy.cutoffs[-1] + 1)
+            planned = run_variant(pipe, request, late.schedule(min(late.most, saved)), baseline.recording)
             lines.append(
                 provenance()
                 | {"bench": "ada-ablation", "variant": name, "prompt": request.prompt, "steps": STEPS, "share": share}

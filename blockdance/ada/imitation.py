@@ -27,9 +27,9 @@ SMALLEST_LOSS = 1e-7
 class Teacher:
     """Says in which order the steps that a policy decides on should begin to reuse, as more is to be saved.
 
-    Greedily by the change of the picture that the profile expects, so the schedules of larger savings hold those of smaller ones, and
-    a network that is not sure of the saving is still sure of most steps. The planner's own schedules, which need not hold each
-    other, expect up to a third less change.
+    Greedily by the change of the picture that the profile expects, so the schedules of larger savings hold those of smaller
+    ones, and a network that is not sure of the saving is still sure of most steps. The planner's own schedules, which need
+    not hold each other, expect up to a third less change.
 
     Raises:
         ConfigError: the profile does not know the policy's deepest cutoff.
