@@ -115,6 +115,23 @@ def test_a_reuse_step_runs_exactly_the_blocks_after_the_cutoff(loop: Loop) -> No
         assert trace.block_evaluations == len(ran)
 
 
+@pytest.mark.parametrize("guidance", [None, 3.0], ids=["one call", "two calls"])
+def test_samples_of_a_batch_get_what_their_own_schedules_give_them_alone(loop: Loop, guidance: float | None) -> None:
+    deep = loop.tiny.num_blocks - 2
+    schedules = [Schedule.parse(text, deep) for text in ("fcrrcr", "ffcr1rr", "fcrcrr")]
+    with accelerate(loop, schedules) as trace:
+        together = loop(batch=3, guidance=guidance)
+    assert trace.schedules == tuple(schedules)
+    for sample, schedule in enumerate(schedules):
+        with accelerate(loop, schedule) as alone:
+            expected = loop(batch=3, guidance=guidance)[sample]
+        torch.testing.assert_close(together[sample], expected, rtol=1e-3, atol=1e-3)
+        assert alone.block_evaluations < trace.baseline_block_evaluations
+    calls = 1 if guidance is None else 2
+    wanted = sum(one.block_evaluations(loop.tiny.num_blocks) for one in schedules) / 3
+    assert trace.block_evaluations == pytest.approx(calls * wanted)
+
+
 def test_the_same_input_twice_gives_the_same_bits_at_every_cutoff(loop: Loop) -> None:
     latent = torch.randn(loop.tiny.inputs(2)[loop.tiny.latent].shape)
     for cutoff in range(loop.tiny.num_blocks - 1):
