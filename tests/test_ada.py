@@ -31,11 +31,11 @@ from blockdance.ada import AdaPolicy, load_demo_policy
 from blockdance.ada.imitation import Examples, Teacher, expected_change, hardness_of, imitate
 from blockdance.ada.policy import new_policy
 from blockdance.ada.quality import quality_named
-from blockdance.ada.reinforce import BASELINES, Price, advantages, policy_loss, try_some
+from blockdance.ada.reinforce import BASELINES, Price, Tried, advantages, log_probability, policy_loss, try_some
 from blockdance.ada.rollouts import Environment, Task
 from blockdance.ada.trainer import TrainConfig, Trainer, reuse_share
-from blockdance.policy import Moment
-from blockdance.storage import Extrapolated
+from blockdance.policy import Decision, Moment
+from blockdance.storage import Extrapolated, Latest, StorageRule
 from tests.tiny import BLOCKS, dit, pixart, run_dit, run_pixart
 
 STEPS = 10
@@ -142,6 +142,34 @@ def test_a_policy_decides_for_each_sample_and_the_decision_is_what_runs() -> Non
     assert torch.equal(together, drawn(pipe, schedules)[0])
     for sample, schedule in enumerate(schedules):
         torch.testing.assert_close(together[sample], drawn(pipe, schedule)[0][sample], rtol=1e-4, atol=1e-5)
+
+
+class Given:
+    """A policy whose decisions are known."""
+
+    cutoffs = (1, 3)
+
+    def __init__(self, storage: StorageRule, schedules: list[Schedule]) -> None:
+        self.storage, self.schedules = storage, schedules
+
+    def decides_at(self, num_steps: int) -> int:
+        return 4
+
+    def check(self, transformer: Any) -> None:
+        pass
+
+    def decide(self, moment: Moment) -> list[Decision]:
+        return [Decision(schedule, ()) for schedule in self.schedules]
+
+
+@pytest.mark.parametrize("storage", [Latest(), Extrapolated(), Extrapolated(points=3)])
+def test_whatever_is_decided_finds_what_it_starts_from(storage: StorageRule) -> None:
+    pipe = pixart()
+    for texts in (("fffcr3r3crrc", "fffcr1rrcrc", "fffccrcrrr"), ("fffcrrccrr",) * 3):
+        schedules = [Schedule.parse(text, 1) for text in texts]
+        decided, trace = drawn(pipe, Given(storage, schedules))
+        assert torch.equal(decided, drawn(pipe, schedules, storage=storage)[0])
+        assert trace.block_evaluations == pytest.approx(sum(one.block_evaluations(BLOCKS) for one in schedules) / 3)
 
 
 def test_probabilities_say_what_the_schedule_does() -> None:
@@ -254,6 +282,13 @@ def test_the_gradient_moves_probabilities_towards_a_known_optimum(baseline: str)
     assert ((logits.sigmoid()[0] > 0.5) == (wanted == 1)).all()
     assert (cutoffs[0].argmax(dim=-1) == which)[reuse].all()
     assert ((logits.sigmoid() - wanted).abs() < 0.2).all()
+
+
+def test_a_cutoff_counts_on_reuse_steps_alone() -> None:
+    logits, cutoffs = torch.zeros(1, 2), torch.tensor([[[0.0, 1.0], [0.0, 2.0]]])
+    tried = Tried(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0, 1]]]))
+    wanted = 2 * np.log(0.5) + cutoffs[0, 1].log_softmax(dim=0)[1].item()
+    assert log_probability(logits, cutoffs, tried).item() == pytest.approx(wanted)
 
 
 def test_an_advantage_is_what_its_baseline_leaves() -> None:
