@@ -28,7 +28,7 @@ from blockdance import (
     record,
 )
 from blockdance.ada import AdaPolicy, load_demo_policy
-from blockdance.ada.imitation import Examples, Teacher, expected_change, hardness_of, imitate
+from blockdance.ada.imitation import Examples, Losses, Teacher, expected_change, imitate
 from blockdance.ada.policy import new_policy
 from blockdance.ada.quality import quality_named
 from blockdance.ada.reinforce import BASELINES, Price, Tried, advantages, log_probability, policy_loss, try_some
@@ -324,8 +324,13 @@ def test_the_share_counts_reuse_steps_by_the_blocks_they_skip() -> None:
 
 def test_a_picture_that_loses_more_is_to_save_less() -> None:
     """Losses grow by e for every 0.1 of saving; the second picture always loses e times as much as the first."""
-    losses = -torch.tensor([[4.0, 6.0], [5.0, 7.0]]).exp()
-    assert hardness_of(losses).tolist() == pytest.approx([-0.05, 0.05])
+    losses = Losses.fitted(-torch.tensor([[-4.0, -2.0], [-3.0, -1.0]]).exp())
+    assert losses.hardness.tolist() == pytest.approx([-0.05, 0.05])
+    price = Price(1.0)
+    price.expect(30, *losses.price)
+    wanted = torch.tensor([0.3, 0.5, 0.7])
+    typical = (losses.rate * (wanted - 0.5) + losses.level.mean()).exp()
+    assert (price(wanted, 30) * losses.rate * typical).tolist() == pytest.approx([1, 1, 1])
 
 
 def test_the_teacher_reuses_only_where_the_policy_decides_and_is_imitated() -> None:

@@ -87,19 +87,31 @@ class Examples:
     """How much less than the mean picture each should save, (b,)."""
 
 
-def hardness_of(qualities: Tensor) -> Tensor:
-    """How much less each picture should save, so that one more reuse step costs the same quality in all.
+@dataclass(frozen=True)
+class Losses:
+    """How quality falls with the saving: exponentially, at the same rate for all pictures."""
 
-    Quality falls exponentially with the saving, at about the same rate for all pictures, so where e times as much is lost
-    the saving is to be less by what makes the loss grow by e.
+    level: Tensor
+    """The logarithm of each picture's loss at a saving of a half, (b,)."""
+    rate: float
+    """How much the logarithm grows from no saving to all, >= 1."""
 
-    Args:
-        qualities: of b pictures at the savings in PROBES, (b, 2), below 0.
-    """
-    losses = qualities.abs().clamp_min(SMALLEST_LOSS).log()
-    rate = ((losses[:, 1] - losses[:, 0]).mean() / (PROBES[1] - PROBES[0])).clamp_min(1.0)
-    level = losses.mean(dim=1)
-    return (level - level.mean()) / rate
+    @classmethod
+    def fitted(cls, qualities: Tensor) -> "Losses":
+        """From qualities of b pictures at the savings in PROBES, (b, 2), at most 0."""
+        losses = qualities.abs().clamp_min(SMALLEST_LOSS).log()
+        rate = max(1.0, float((losses[:, 1] - losses[:, 0]).mean() / (PROBES[1] - PROBES[0])))
+        return cls(losses.mean(dim=1), rate)
+
+    @property
+    def hardness(self) -> Tensor:
+        """How much less each picture should save than the mean, so that one more reuse step costs the same in all."""
+        return (self.level - self.level.mean()) / self.rate
+
+    @property
+    def price(self) -> tuple[float, float]:
+        """lambda at which a saving of a half is best for the typical picture, and what its logarithm loses from 0 to 1."""
+        return 1 / (self.rate * float(self.level.mean().exp())), self.rate
 
 
 def imitate(teacher: Teacher, examples: Sequence[Examples], savings: tuple[float, float], generator: torch.Generator) -> float:

@@ -70,7 +70,7 @@ class DecisionNetwork(nn.Module):
         latent = self._latent_tokens(moment.latent)
         words, padding = self._word_tokens(moment, latent)
         places = step_features(first, moment.num_steps).to(latent)
-        steps = self.step(places)[None] + self.saving(saving.to(latent)[:, None])[:, None]
+        steps = self.step(places)[None] + self.saving(4 * (saving.to(latent)[:, None] - 0.5))[:, None]
         tokens = torch.cat([latent, words, steps], dim=1)
         seen = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         seen[:, latent.shape[1] : latent.shape[1] + words.shape[1]] = padding

@@ -1,5 +1,6 @@
 """Policy gradient (REINFORCE) over the schedules of single pictures (Sec. 3.3)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ BASELINES = ("none", "self-critical", "leave-one-out")
 """What is subtracted from a reward: nothing, as in the paper; the reward of the greedy schedule; the mean of the others', and
 then all of a scene is divided by its spread, so that scenes with large differences do not drown the rest."""
 SMALLEST_SPREAD = 1e-4
+SPREAD = 0.3
+"""Of wanted savings."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class Price:
     def __call__(self, wanted: Tensor, num_steps: int) -> Tensor:
         return self.start * (features(wanted) @ self._of(num_steps)).exp()
 
+    def expect(self, num_steps: int, middle: float, fall: float) -> None:
+        """Begin with this price at a wanted saving of a half, and a logarithm that falls by `fall` from 0 to 1."""
+        self.coefficients[num_steps] = torch.tensor([math.log(middle / self.start), -fall * SPREAD, 0.0])
+
     def learn(self, wanted: Tensor, saving: Tensor, num_steps: int) -> None:
         """Savings that were had where `wanted` was wanted, (n,) both."""
         change = ((saving - wanted)[:, None] * features(wanted)).mean(dim=0)
@@ -105,5 +112,5 @@ class Price:
 
 def features(wanted: Tensor) -> Tensor:
     """(n, 3)."""
-    centred = (wanted - 0.5) / 0.3
+    centred = (wanted - 0.5) / SPREAD
     return torch.stack([torch.ones_like(centred), centred, centred.square() - 1], dim=-1)

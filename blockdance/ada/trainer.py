@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from blockdance.ada.imitation import PROBES, Examples, Teacher, hardness_of, imitate
+from blockdance.ada.imitation import PROBES, Examples, Losses, Teacher, imitate
 from blockdance.ada.policy import AdaPolicy, new_policy, trained
 from blockdance.ada.quality import Quality
 from blockdance.ada.reinforce import BASELINES, Price, advantages, entropy, policy_loss, try_some
@@ -23,7 +23,7 @@ from blockdance.profile import Profile
 from blockdance.schedule import Schedule, StepKind
 
 CLIP_NORM = 1.0
-IMITATED = 96
+IMITATED = 48
 """Pictures that the planner's schedules are shown with."""
 KEEP_EVERY = 25
 """Updates from one checkpoint to the next."""
@@ -117,11 +117,11 @@ class Trainer:
         example = environment.scene(Task(prompts[0], 0, config.steps[0])).moment
         self.policy = new_policy(environment.pipe.transformer, example, cutoffs, rho=environment.rho, storage=storage)
         self.policy.network.to(accelerator.device)
+        self.price: Price | None = None
         if profile is not None and not (folder / "state.pt").exists():
             self._imitate(profile)
         optimizer = torch.optim.Adam(self.policy.network.parameters(), lr=config.learning_rate)
         self.network, self.optimizer = accelerator.prepare(self.policy.network, optimizer)
-        self.price: Price | None = None
         self.update, self.rollouts, self.seconds = 0, 0, 0.0
         if (folder / "state.pt").exists():
             self._restore()
@@ -136,7 +136,11 @@ class Trainer:
             probes = [teacher.schedule(saving, steps) for saving in PROBES]
             shown = tqdm(scenes, desc=f"probing, {steps} steps", disable=not self.accelerator.is_main_process)
             lost = [self.quality(one.task.prompt, one.picture, self.environment.play(one, probes)) for one in shown]
-            examples.append(Examples(merged(scenes), hardness_of(torch.tensor(lost))))
+            losses = Losses.fitted(torch.tensor(lost))
+            examples.append(Examples(merged(scenes), losses.hardness))
+            if self.config.savings is not None:
+                self.price = self.price or Price(losses.price[0])
+                self.price.expect(steps, *losses.price)
         imitate(teacher, examples, self.config.savings or (0.5, 0.5), generator)
 
     def run(self, minutes: float | None = None) -> AdaPolicy:
