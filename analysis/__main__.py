@@ -271,8 +271,9 @@ def run_compare(args: argparse.Namespace) -> None:
 
 def run_ada(args: argparse.Namespace) -> None:
     pipe, distance = load_demo_pipeline(), perceptual_distance()
-    policies = {"ada": load_demo_policy(), "ada-early": load_demo_policy(early=True)}
-    lines = measure_ada(pipe, policies, load_demo_profile(), args.prompts or held_out(), args.steps, distance, args.out)
+    lines = measure_ada(
+        pipe, load_demo_policy(), load_demo_profile(), args.prompts or held_out(), args.steps, distance, args.out
+    )
     print(render_ada([line for line in lines if line["steps"] in args.steps], str(args.out)))
     print(f"\nwritten             {args.out}")
 

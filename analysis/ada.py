@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,14 @@ def shuffled(schedule: Schedule, first: int, chance: random.Random) -> Schedule:
 
 
 def measure(
-    pipe: Any, policies: Mapping[str, AdaPolicy], profile: Profile, prompts: Sequence[str], steps: Sequence[int],
+    pipe: Any, policy: AdaPolicy, profile: Profile, prompts: Sequence[str], steps: Sequence[int],
     distance: PerceptualDistance, out: Path,
 ) -> list[Record]:  # fmt: skip
     """Draw every prompt with Ada and its rivals, one line for each; what the file has is not drawn again.
 
     Args:
         pipe: the pipeline.
-        policies: for that pipeline, by the name of the method; the rivals are those of `ada`.
+        policy: for that pipeline.
         profile: for the planner.
         prompts: none of them seen in training.
         steps: numbers of sampling steps.
@@ -87,14 +87,14 @@ def measure(
     out.parent.mkdir(parents=True, exist_ok=True)
     requests = [Request(prompt, steps=number) for number in steps for prompt in prompts]
     left = [one for one in requests if ("ada", f"{SAVINGS[-1]:g}", one.prompt, one.steps) not in known]
-    rivals, cached = Rivals(policies["ada"], profile), {}
+    rivals, cached = Rivals(policy, profile), {}
     if left:
         warm_up(pipe)
     with out.open("a") as file:
         for request in tqdm(left, desc="ada", unit="prompt"):
             if request.steps not in cached:
                 cached[request.steps] = list(rivals.schedules(request.steps))
-            fresh = list(lines_of(pipe, request, policies, cached[request.steps], distance))
+            fresh = list(lines_of(pipe, request, policy, cached[request.steps], distance))
             file.writelines(json.dumps(line) + "\n" for line in fresh)
             file.flush()
             lines += fresh
@@ -102,16 +102,16 @@ def measure(
 
 
 def lines_of(
-    pipe: Any, request: Request, policies: Mapping[str, AdaPolicy], given: Sequence[tuple[str, str, Schedule]],
+    pipe: Any, request: Request, policy: AdaPolicy, given: Sequence[tuple[str, str, Schedule]],
     distance: PerceptualDistance,
 ) -> Iterator[Record]:  # fmt: skip
     """One request: schedules that look at no picture, fewer steps, as many reuse steps as Ada's at random places, and Ada."""
     baseline = run_baseline(pipe, request)
-    first = policies["ada"].decides_at(request.steps) or request.steps
+    first = policy.decides_at(request.steps) or request.steps
     common = provenance() | {"bench": "ada", "prompt": request.prompt, "seed": request.seed, "steps": request.steps}
     common |= {"sampler": request.sampler, "guidance": request.guidance, "lpips_name": distance.name}
     common |= {"jpeg_bytes": len(as_jpeg_bytes(baseline.picture))}
-    storage = policies["ada"].config.storage_name
+    storage = policy.config.storage_name
 
     def line(method: str, knob: str, variant: Variant) -> Record:
         return common | {"method": method, "knob": knob} | outcome(baseline, variant, first, distance)
@@ -127,11 +127,10 @@ def lines_of(
         plain = Variant(dense, fewer.picture, fewer.recording.trace, fewer.outside_seconds)
         yield line("fewer-steps", f"{share} of 30", plain) | {"speedup_ideal": request.steps / len(dense)}
     for saving in SAVINGS:
-        decided = {name: run(policy.with_saving(saving)) for name, policy in policies.items()}
+        decided = run(policy.with_saving(saving))
         chance = random.Random(f"{request.prompt} {saving} {request.steps}")
-        yield line("random", f"{saving:g}", run(shuffled(decided["ada"].schedule, first, chance)))
-        for name, variant in decided.items():
-            yield line(name, f"{saving:g}", variant)
+        yield line("random", f"{saving:g}", run(shuffled(decided.schedule, first, chance)))
+        yield line("ada", f"{saving:g}", decided)
 
 
 def outcome(baseline: Baseline, variant: Variant, first: int, distance: PerceptualDistance) -> Record:

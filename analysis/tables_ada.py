@@ -20,14 +20,13 @@ END = "<!-- ada:end -->"
 COMMAND = "python -m analysis ada"
 METHODS = {
     "ada": "Ada",
-    "ada-early": "Ada, deciding after 15 %",
     "planned-late": "the planner, reusing only where Ada may",
     "planned": "the planner, on any step",
     "fixed": "fixed interval",
     "random": "Ada's number of reuse steps, at random places",
     "fewer-steps": "plain sampler, fewer steps",
 }
-COLOURS = dict(zip(METHODS, [qualitative.D3[k] for k in (1, 3, 0, 9, 2, 4, 7)], strict=True))
+COLOURS = dict(zip(METHODS, [qualitative.D3[k] for k in (1, 0, 9, 2, 4, 7)], strict=True))
 REFERENCE = ("fixed", "N=2")
 """The paper says what Ada gains at this one's quality."""
 BINS = 16
@@ -195,7 +194,7 @@ def ada_figure(lines: Sequence[Record]) -> go.Figure:
             figure.add_trace(
                 go.Scatter(
                     x=at, y=[one.lpips for one in several], error_y=bars, name=METHODS[name], legendgroup=name,
-                    showlegend=column == 1, line={"color": colour, "width": 3 if name.startswith("ada") else 1.5},
+                    showlegend=column == 1, line={"color": colour, "width": 3 if name == "ada" else 1.5},
                 ), 1, column,
             )  # fmt: skip
             dots = {"color": colour, "size": 4, "symbol": "diamond"}

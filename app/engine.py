@@ -35,6 +35,7 @@ from analysis.pictures import Picture
 from analysis.timing import Timing, time_interleaved
 from blockdance import OnStep, ReuseConfig, Schedule, Trace
 from blockdance.ada import AdaPolicy
+from blockdance.demo import WordModel
 from blockdance.policy import Decision
 from blockdance.reuser import schedules_for
 from blockdance.scheduled import depth_of
@@ -210,13 +211,16 @@ class Engine:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that the model never saw, if it can tell."""
-        words: list[str] = self.pipe.unknown_words(prompt) if hasattr(self.pipe, "unknown_words") else []
-        return words
+        return self.pipe.unknown_words(prompt) if isinstance(self.pipe, WordModel) else []
+
+    def nearest_words(self, words: list[str]) -> dict[str, list[str]]:
+        """For each of these words the known ones that are spelled like it."""
+        return {word: self.pipe.nearest_words(word) for word in words}
 
     def known_words(self) -> list[str] | None:
         """The words or classes the model knows, in order; None if it takes any text."""
-        if hasattr(self.pipe, "unknown_words"):
-            return sorted(word for word in self.pipe.tokenizer.get_vocab() if word.isalpha())
+        if isinstance(self.pipe, WordModel):
+            return self.pipe.known_words()
         return sorted(self.pipe.labels) if hasattr(self.pipe, "get_label_ids") else None
 
     def views(self, request: Request, config: ReuseConfig | Schedule, storage: str = "latest") -> Iterator[View]:

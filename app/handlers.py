@@ -78,7 +78,7 @@ class Handlers:
             known = milestones(view)
             words = engine.unknown_words(request.prompt) if view.phase == "done" else []
             scene = scene_of(view, engine, self.machine) if fresh else None
-            yield progress(order, view, scene=scene, unknown_words=words)
+            yield progress(order, view, scene=scene, unknown_words=words, nearest_words=engine.nearest_words(words))
 
     def _time(self, order: Json) -> Iterator[Json]:
         engine = self.models.engine(str(order["model"]))
@@ -137,7 +137,7 @@ class Handlers:
         """Draw `prompt` with the plain DDIM sampler and with BlockDance from the same noise; `model` is one the page offers.
 
         Returns the baseline picture, the BlockDance picture (both PNG), and all figures: the keys of the command line's
-        result.json, and `unknown_words` and `fewer_steps` besides.
+        result.json, and `unknown_words`, `nearest_words` (those spelled like them) and `fewer_steps` besides.
         """
         try:
             request = Request(prompt, seed, steps, guidance)
@@ -147,7 +147,9 @@ class Handlers:
         except BlockDanceError as error:
             raise gr.Error(f"{error}.", print_exception=False) from error
         assert last.baseline is not None and last.variant is not None and last.control is not None, "the last view is complete"
-        more = {"unknown_words": engine.unknown_words(prompt), "note": last.note, "fewer_steps": last.control.figures}
+        words = engine.unknown_words(prompt)
+        more: Json = {"unknown_words": words, "nearest_words": engine.nearest_words(words)}
+        more |= {"note": last.note, "fewer_steps": last.control.figures}
         return last.baseline.picture, last.variant.picture, last.variant.figures | more
 
     def _engine(self, order: Json) -> Generator[Json, None, Engine]:

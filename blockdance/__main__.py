@@ -45,7 +45,8 @@ from blockdance import (
     load_demo_profile,
     plan,
 )
-from blockdance.presets import DEMO, PRESETS, load_pipeline
+from blockdance.demo import WordModel
+from blockdance.presets import DEMO, DEMO_VIDEO, PRESETS, config_for, load_pipeline
 from blockdance.scheduled import depth_of
 from blockdance.storage import RULES, rule_named
 
@@ -73,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default=DEMO,
-        help=f"{DEMO} is the small model that ships in assets/model; {', '.join(PRESETS)} are the paper's, from the Hugging "
+        help=f"{DEMO} is the small picture model that ships in assets/model, {DEMO_VIDEO} the video model in assets/video; "
+        f"{', '.join(PRESETS)} are the paper's, from the Hugging "
         "Face hub, with the paper's settings as defaults; or the folder of a diffusers pipeline (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, help=f"sampling steps, 1 to {MAX_STEPS} (default: 30, or the preset's)")
@@ -134,10 +136,9 @@ def given(**options: Any) -> dict[str, Any]:
 def settings(args: argparse.Namespace) -> tuple[Request, ReuseConfig]:
     """What the options say, and the preset where they say nothing."""
     preset = PRESETS.get(args.model)
-    request, config = Request(args.prompt, args.seed), ReuseConfig(args.reuse_interval)
+    request, config = Request(args.prompt, args.seed), replace(config_for(args.model), reuse_interval=args.reuse_interval)
     if preset is not None:
         request = replace(request, steps=preset.steps, guidance=preset.guidance, sampler=preset.sampler)
-        config = replace(preset.config, reuse_interval=args.reuse_interval)
     return (
         replace(request, **given(steps=args.steps, guidance=args.guidance, sampler=args.sampler)),
         replace(
@@ -156,8 +157,9 @@ def run(args: argparse.Namespace) -> None:
     conditioned_on(pipe, request.prompt)
     schedule = chosen_schedule(args, request, config, depth_of(pipe))
     args.out.mkdir(parents=True, exist_ok=True)
-    for word in pipe.unknown_words(request.prompt) if args.model == DEMO else []:
-        print(f"note: the model does not know the word {word!r}")
+    for word in pipe.unknown_words(request.prompt) if isinstance(pipe, WordModel) else []:
+        near = ", ".join(pipe.nearest_words(word))
+        print(f"note: the model does not know the word {word!r}" + (f"; near it are {near}" if near else ""))
     if args.target_speedup is None and config.why_dense(request.steps):
         print(f"note: {config.why_dense(request.steps)}")
 

@@ -1,10 +1,10 @@
-"""The paper's models by short names, with the paper's settings, and any diffusers pipeline in a folder."""
+"""The models in the box and the paper's by short names, with their settings, and any diffusers pipeline in a folder."""
 
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download
 from transformers import AutoTokenizer, T5EncoderModel
 
-from blockdance.demo import load_demo_pipeline
+from blockdance.demo import load_demo_pipeline, load_demo_video_pipeline
 from blockdance.errors import UnsupportedModelError
 from blockdance.models.opensora import OpenSoraPipeline
 from blockdance.models.stdit import STDiT
 from blockdance.schedule import ReuseConfig
 
 DEMO = "demo"
-"""The model in the box."""
+"""The picture model in the box."""
+DEMO_VIDEO = "demo-video"
+"""The video model in the box."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,29 @@ PRESETS = {
         "hpcai-tech/Open-Sora", OPEN_SORA, "DDIM", 50, 7.0, "OpenSora-v1-HQ-16x512x512.pth", {"input_size": (16, 64, 64)},
     ),
 }  # fmt: skip
+IN_THE_BOX: dict[str, Callable[[], Any]] = {DEMO: load_demo_pipeline, DEMO_VIDEO: load_demo_video_pipeline}
+
+
+def config_for(model: str) -> ReuseConfig:
+    """The paper's for that model; of the video model in the box the paper's for video; else the defaults."""
+    if model == DEMO_VIDEO:
+        return replace(OPEN_SORA, cutoff_block=None)
+    return PRESETS[model].config if model in PRESETS else ReuseConfig()
 
 
 def load_pipeline(model: str) -> Any:
-    """A pipeline by the name of a preset, `demo`, or the folder of a saved one; in half precision on the GPU, if there is one.
+    """A pipeline by name, or from the folder of a saved one; in half precision on the GPU, if there is one.
+
+    Args:
+        model: a key of `IN_THE_BOX`, which stay in float32 on the CPU, or of `PRESETS`, or a folder.
 
     Raises:
         UnsupportedModelError: no such name or folder, or the model is neither downloaded nor within reach.
     """
-    if model == DEMO:
-        return load_demo_pipeline()
+    if model in IN_THE_BOX:
+        return IN_THE_BOX[model]()
     if model not in PRESETS and not (Path(model) / "model_index.json").is_file():
-        names = ", ".join([DEMO, *PRESETS])
+        names = ", ".join([*IN_THE_BOX, *PRESETS])
         raise UnsupportedModelError(f"model must be one of {names}, or a folder with a diffusers pipeline, got {model!r}")
     on_gpu = torch.cuda.is_available()
     dtype = torch.float16 if on_gpu else torch.float32

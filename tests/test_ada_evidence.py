@@ -45,8 +45,7 @@ def test_rivals_are_planned_for_the_policys_own_rule_and_block() -> None:
 
 def test_a_measurement_has_a_line_for_each_and_goes_on_where_it_was(tmp_path: Path) -> None:
     pipe, out = with_sampler(load_demo_pipeline(), "DDIM"), tmp_path / "ada.jsonl"
-    policies = {"ada": load_demo_policy(), "ada-early": load_demo_policy(early=True)}
-    arguments = (pipe, policies, load_demo_profile())
+    arguments = (pipe, load_demo_policy(), load_demo_profile())
     first = measure(*arguments, ["pizza"], [10], shift_tolerant_lpips(), out)
     text = out.read_text()
     lines = measure(*arguments, ["pizza", "owl"], [10], shift_tolerant_lpips(), out)

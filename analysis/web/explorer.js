@@ -309,14 +309,17 @@ class Explorer {
         [request.prompt, request.steps !== 30 && `${request.steps} steps`, request.guidance !== 4 && `guidance ${request.guidance}`].filter(Boolean).join(", "))));
   }
 
-  /** News of a live run: {key, phase, progress, scene?, error?, unknown_words?}. */
+  /** News of a live run: {key, phase, progress, scene?, error?, unknown_words?, nearest_words?}. */
   receive(news) {
     if (news.scene) this.addScene(news.scene_key, news.scene);
     if (news.key && news.key === this.waiting?.key) {
       if (news.error || news.phase === "done") this.waiting = null;
       else Object.assign(this.waiting, {phase: news.phase, progress: news.progress});
     }
-    if (news.unknown_words?.length) this.notice(`Words the model does not know, and draws as if they were not there: ${news.unknown_words.join(", ")}.`);
+    if (news.unknown_words?.length) {
+      const words = news.unknown_words.map(word => [word, news.nearest_words[word].length && ` (near it: ${news.nearest_words[word].join(", ")})`].filter(Boolean).join(""));
+      this.notice(`Words the model does not know, and draws as if they were not there: ${words.join(", ")}.`);
+    }
     if (news.chosen) this.useModel(news.chosen);
     if (news.planned) this.usePlan(news.planned);
     if (news.decided) this.useDecisions(news.scene_key, news.decided);

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ PIXELS = 64
 
 @dataclass(frozen=True)
 class Pack:
-    """The training set: `pictures` uint8 (n, 64, 64, 3) and, per picture, its captions (the full name first)."""
+    """Training set: uint8 pictures (n, 64, 64, 3) or clips (n, frames, 64, 64, 3), and the captions of each, the name first."""
 
     pictures: np.ndarray
     captions: list[list[str]]
@@ -67,9 +68,9 @@ def fetch(package: str, folder: Path) -> Path:
     return target / "package"
 
 
-def picture(path: Path) -> np.ndarray:
+def on_white(picture: Image.Image) -> np.ndarray:
     """One picture on white, uint8 (64, 64, 3)."""
-    image = Image.open(path).convert("RGBA")
+    image = picture.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return np.asarray(Image.alpha_composite(white, image).convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.LANCZOS))
 
@@ -81,19 +82,19 @@ def pack(pictures_folder: Path, names_folder: Path) -> Pack:
     for entry in tqdm(sorted(entries, key=lambda entry: entry["sort_order"]), desc="packing"):
         code = entry["unified"].lower().replace("-fe0f", "")
         if is_subject(entry) and code in files and captions_of(entry):
-            pictures.append(picture(files[code]))
+            pictures.append(on_white(Image.open(files[code])))
             captions.append(captions_of(entry))
     return Pack(np.stack(pictures), captions)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/pictures.npz"))
-    arguments = parser.parse_args()
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         packed = pack(fetch(PICTURES, Path(folder)), fetch(NAMES, Path(folder)))
-    packed.save(arguments.out)
-    print(f"{len(packed.captions)} pictures, {arguments.out.stat().st_size / 2**20:.1f} MiB in {arguments.out}")
+    packed.save(args.out)
+    print(f"{len(packed.captions)} pictures, {args.out.stat().st_size / 2**20:.1f} MiB in {args.out}")
 
 
 if __name__ == "__main__":

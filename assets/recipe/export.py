@@ -1,70 +1,60 @@
-"""Turn a trained run into what ships: the pipeline in `assets/model`, and a contact sheet of 32 prompts.
+"""Turn a trained run into what ships, with the facts of its training; `python assets/evaluate.py` then draws the sheets.
 
-    python -m assets.recipe.export --run build/velocity
+    python -m assets.recipe.export --run build/velocity --vae build/vae --out assets/model
+    python -m assets.recipe.export --run build/video --out assets/video
 
-The pipeline is a plain diffusers one (`PixArtAlphaPipeline`), safetensors in shards under 9 MB.
+A picture model becomes a plain diffusers `PixArtAlphaPipeline`, a video model an `OpenSoraPipeline` of this repository,
+both as safetensors in shards under 9 MB.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, PixArtAlphaPipeline
-from PIL import Image, ImageDraw
 
-from assets.recipe.sheet import contact_sheet
-from blockdance.demo import MODEL_FOLDER, DemoPipeline, load_demo_pipeline
+from blockdance.demo import DemoPipeline, DemoVideoPipeline
+from blockdance.models.opensora import OpenSoraPipeline
 
-SHEET_PROMPTS = (
-    "red apple", "green apple", "lemon", "strawberry", "watermelon", "slice of pizza", "hamburger", "doughnut",
-    "grinning face", "smiling face with sunglasses", "pouting face", "robot face", "ghost", "blue heart", "broken heart",
-    "pile of poo", "cat face", "dog face", "panda face", "pig", "octopus", "tropical fish", "lady beetle", "penguin",
-    "tulip", "sunflower", "cactus", "house with garden", "rocket", "police car", "sailboat", "rainbow",
-)  # fmt: skip
-LABEL_PIXELS = 12
+SHIPPED: dict[type, Any] = {DemoPipeline: PixArtAlphaPipeline, DemoVideoPipeline: OpenSoraPipeline}
+"""By the class of a run's pipeline, that of what ships."""
 
 
-def export(run: Path, vae_folder: Path, target: Path) -> None:
-    """Write the averaged weights of a run as a plain pipeline, with the facts of its training beside it.
+def trained_pipeline(folder: Path) -> Any:
+    """A run's pipeline with averaged weights."""
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    kind: Any = next(kind for kind in SHIPPED if kind.__name__ == name)
+    return kind.from_pretrained(folder)
 
-    The autoencoder is the folder's, whose decoder may have been trained on since the run began.
+
+def export(run: Path, vae_folder: Path | None, target: Path) -> None:
+    """Write the averaged weights of a run, and what its log says of them.
+
+    Args:
+        run: folder of a training.
+        vae_folder: the autoencoder, whose decoder may have been trained on since the run began; None for the run's own.
+        target: folder to write.
     """
-    parts = DemoPipeline.from_pretrained(run / "pipeline").components
-    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
-    PixArtAlphaPipeline(**(parts | {"vae": vae})).save_pretrained(target, max_shard_size="9MB")
-    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    facts = [json.loads(line) for line in (vae_folder / "facts.jsonl").read_text().splitlines()]
-    (target / "training.json").write_text(json.dumps({"transformer": last, "autoencoder": facts}, indent=2) + "\n")
-
-
-def labelled(picture: Image.Image, text: str) -> Image.Image:
-    """A picture at twice its size over its prompt."""
-    tile = Image.new("RGB", (2 * picture.width, 2 * picture.height + LABEL_PIXELS + 4), "white")
-    tile.paste(picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC))
-    ImageDraw.Draw(tile).text((tile.width / 2, tile.height - 3), text[:22], fill="#444444", anchor="ms")
-    return tile
-
-
-def draw_sheet(pipe: DemoPipeline, seed: int) -> Image.Image:
-    """32 prompts, 30 DDIM steps, one seed for the whole batch."""
-    generator = torch.Generator().manual_seed(seed)
-    pictures = pipe(list(SHEET_PROMPTS), num_inference_steps=30, generator=generator).images
-    return contact_sheet([labelled(picture, text) for picture, text in zip(pictures, SHEET_PROMPTS, strict=True)])
+    pipe, facts = trained_pipeline(run / "pipeline"), {}
+    parts = pipe.components
+    if vae_folder is not None:
+        parts |= {"vae": AutoencoderKL.from_pretrained(vae_folder).eval()}
+        facts["autoencoder"] = [json.loads(line) for line in (vae_folder / "facts.jsonl").read_text().splitlines()]
+    SHIPPED[type(pipe)](**parts).save_pretrained(target, max_shard_size="9MB")
+    facts["transformer"] = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    (target / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--vae", type=Path, default=Path("build/vae"))
-    parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
-    parser.add_argument("--sheet", type=Path, default=MODEL_FOLDER.parent / "contact_sheet.png")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a training")
+    parser.add_argument("--vae", type=Path, help="folder of the autoencoder (default: the run's own)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     export(args.run, args.vae, args.out)
-    draw_sheet(load_demo_pipeline(args.out), args.seed).save(args.sheet)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
-    print(f"{size / 2**20:.1f} MiB in {args.out}, {len(SHEET_PROMPTS)} prompts in {args.sheet}")
+    print(f"{size / 2**20:.1f} MiB in {args.out}")
 
 
 if __name__ == "__main__":

@@ -10,79 +10,21 @@ Runs on a GPU when there is one.
 
 import argparse
 import copy
-import json
 import random
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler
-from diffusers.training_utils import EMAModel
-from tqdm import tqdm
 
 from assets.recipe.autoencoder import latents_of, to_tensor
 from assets.recipe.data import Pack
+from assets.recipe.learner import Learner, add_arguments, run
 from assets.recipe.model import MAX_WORDS, build_scheduler, build_text_encoder, build_tokenizer, build_transformer
 from assets.recipe.sheet import contact_sheet
 from blockdance.demo import DemoPipeline
 
 SHEET_PROMPTS = ("red apple", "octopus", "grinning face", "house with garden", "pizza", "cat face", "rocket", "tulip")
-
-
-class Learner:
-    """Everything that training changes: the two networks, their optimizers, their averages, and the counters."""
-
-    def __init__(self, args: argparse.Namespace, captions: list[list[str]], device: torch.device) -> None:
-        self.tokenizer = build_tokenizer(captions)
-        self.text_encoder = build_text_encoder(len(self.tokenizer), args.width).to(device)
-        self.transformer = build_transformer(args.blocks, args.width).to(device)
-        self.nets = torch.nn.ModuleList([self.text_encoder, self.transformer])
-        matrices = [p for p in self.transformer.transformer_blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in self.nets.parameters() if id(p) not in chosen]
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=args.muon_rate, weight_decay=0.01),
-            torch.optim.AdamW(rest, lr=args.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-        self.peak_rates = [args.muon_rate, args.adamw_rate]
-        self.ema = EMAModel(self.nets.parameters(), decay=args.ema, use_ema_warmup=True, power=0.75)
-        self.updates, self.seconds = 0, 0.0
-
-    def update(self, loss: torch.Tensor, rate: float) -> None:
-        for optimizer, peak in zip(self.optimizers, self.peak_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * rate
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.nets.parameters())
-        self.updates += 1
-
-    def save(self, folder: Path) -> None:
-        state = {
-            "nets": self.nets.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "updates": self.updates,
-            "seconds": self.seconds,
-        }
-        torch.save(state, folder / "state.tmp")
-        (folder / "state.tmp").replace(folder / "state.pt")
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", weights_only=True)
-        self.nets.load_state_dict(state["nets"])
-        self.ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.updates, self.seconds = state["updates"], state["seconds"]
-
-
-def rate_at(fraction: float) -> float:
-    """Warm up for 1 %, stay for half of the run, then fall linearly to zero."""
-    return min(1.0, fraction / 0.01 + 0.05, 2 * (1 - fraction))
 
 
 def pick_caption(group: list[str], generator: random.Random) -> str:
@@ -134,8 +76,7 @@ def averaged_pipeline(learner: Learner, scheduler: DDIMScheduler, vae: Autoencod
 
 
 def checkpoint(learner: Learner, scheduler: DDIMScheduler, vae: AutoencoderKL, folder: Path) -> None:
-    """Write the resumable state, the pipeline with averaged weights, and a small sample sheet."""
-    learner.save(folder)
+    """Write the pipeline with averaged weights, and a small sample sheet."""
     pipe = averaged_pipeline(learner, scheduler, vae)
     pipe.save_pretrained(folder / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -148,16 +89,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/pictures.npz"))
     parser.add_argument("--vae", type=Path, default=Path("build/vae"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--updates", type=int, required=True, help="in all, earlier calls included")
     parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     parser.add_argument("--blocks", type=int, default=14)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adamw-rate", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.999)
-    parser.add_argument("--checkpoint-minutes", type=float, default=8)
-    parser.add_argument("--no-compile", action="store_true")
+    add_arguments(parser)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -166,7 +101,10 @@ def main() -> None:
     pack = Pack.load(args.data)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     latents = latents_of(vae.to(device), to_tensor(pack.pictures).to(device))
-    learner = Learner(args, pack.captions, device)
+    tokenizer = build_tokenizer(pack.captions)
+    transformer = build_transformer(args.blocks, args.width).to(device)
+    text_encoder = build_text_encoder(len(tokenizer), args.width).to(device)
+    learner = Learner(tokenizer, text_encoder, transformer, transformer.transformer_blocks, args)
     if (args.out / "state.pt").exists():
         learner.load(args.out)
         torch.manual_seed(learner.updates)
@@ -174,25 +112,14 @@ def main() -> None:
     if not args.no_compile:
         learner.transformer.compile()
 
-    generator, bar = random.Random(learner.updates), tqdm(total=args.updates, initial=learner.updates, unit="updates")
-    last_checkpoint, recent = time.monotonic(), 0.0
-    while learner.updates < args.updates:
-        start = time.monotonic()
+    generator = random.Random(learner.updates)
+
+    def loss_of_batch() -> torch.Tensor:
         chosen = torch.randint(len(latents), (args.batch,))
         ids, mask = tokens_of(learner, [pick_caption(pack.captions[i], generator) for i in chosen.tolist()], device)
-        loss = diffusion_loss(learner, scheduler, latents[chosen.to(device)], ids, mask)
-        learner.update(loss, rate_at(learner.updates / args.updates))
-        recent = 0.98 * recent + 0.02 * loss.item() if recent else loss.item()
-        learner.seconds += time.monotonic() - start
-        bar.update()
-        bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
-        due = time.monotonic() - last_checkpoint > 60 * args.checkpoint_minutes
-        if due or learner.updates == args.updates:
-            checkpoint(learner, scheduler, vae, args.out)
-            facts = {"updates": learner.updates, "images_seen": learner.updates * args.batch, "loss": round(recent, 4)}
-            with (args.out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(facts | {"seconds": round(learner.seconds)}) + "\n")
-            last_checkpoint = time.monotonic()
+        return diffusion_loss(learner, scheduler, latents[chosen.to(device)], ids, mask)
+
+    run(learner, args, loss_of_batch, lambda: checkpoint(learner, scheduler, vae, args.out))
 
 
 if __name__ == "__main__":

@@ -28,4 +28,4 @@ def write_curves(log: Path, out: Path) -> None:
             figure.add_trace(go.Scatter(x=at, y=means, name=key, line_color=colour), row=row, col=1)
     figure.update_layout(height=900, showlegend=False, title=f"Training: means of {WINDOW} updates")
     figure.update_xaxes(title="update", row=len(PANELS), col=1)
-    figure.write_html(out, include_plotlyjs="cdn")
+    figure.write_html(out, include_plotlyjs=True)
