@@ -30,7 +30,10 @@ from analysis.tables import BEGIN, END, render, update_readme
 from analysis.tables_ada import ada_figure, render_ada, update_ada
 from analysis.tables_compare import CURVES, compare_figure, render_compare, update_compare, write_curves
 from analysis.tables_full_size import render_full_size, update_full_size
-from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline, load_demo_profile, own_profile
+from analysis.video import PROMPTS as VIDEO_PROMPTS
+from analysis.video import ROUNDS as VIDEO_ROUNDS
+from analysis.video import VIDEO_RESULTS, measure_video, render_video, update_video
+from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline, load_demo_profile, load_demo_video_pipeline, own_profile
 from blockdance.ada import load_demo_policy
 from blockdance.demo import PROFILE_FILE
 from blockdance.storage import RULES
@@ -50,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare(commands.add_parser("compare", help="compare BlockDance with what a user would pick instead"))
     add_ada(commands.add_parser("ada", help="measure what a schedule for each picture gains"))
     add_ablation(commands.add_parser("ada-ablation", help="train and measure each extension of Ada beside the paper's form"))
+    add_video(commands.add_parser("video", help="measure reuse in the video model in the box"))
     add_atlas(commands.add_parser("atlas", help="compute the comparisons that the page ships with"))
     add_profile(commands.add_parser("profile", help="measure what the planner must know of the model in the box"))
     add_site(commands.add_parser("export-site", help="write the explorer as a static site"))
@@ -140,6 +144,17 @@ def add_ablation(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_ablation)
 
 
+def add_video(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw clips with the plain sampler, with N = 2, 3, 4 in the paper's window for video and with fewer steps, and write "
+        "a JSON line for each N; about six minutes on two cores."
+    )
+    parser.add_argument("--prompts", nargs="+", default=VIDEO_PROMPTS, help="what to draw (default: eight)")
+    parser.add_argument("--rounds", type=int, default=VIDEO_ROUNDS, help="interleaved timing rounds (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=VIDEO_RESULTS, help="default: assets/results/video.jsonl")
+    parser.set_defaults(run=run_video)
+
+
 def add_atlas(parser: argparse.ArgumentParser) -> None:
     settings = len(INTERVALS) * len(CUTOFFS) * len(WINDOWS)
     parser.description = (
@@ -192,6 +207,12 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=ADA_RESULTS,
         help="results file of Ada's evidence, if there is one (default: assets/results/ada.jsonl)",
+    )
+    parser.add_argument(
+        "--video",
+        type=Path,
+        default=VIDEO_RESULTS,
+        help="results file of the video model, if there is one (default: assets/results/video.jsonl)",
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to update (default: README.md)")
     parser.set_defaults(run=tables)
@@ -285,6 +306,12 @@ def run_ablation(args: argparse.Namespace) -> None:
     print(f"\nwritten             {args.out}")
 
 
+def run_video(args: argparse.Namespace) -> None:
+    lines = measure_video(load_demo_video_pipeline(), perceptual_distance(), args.prompts, args.rounds, args.out)
+    print(render_video(lines, str(args.out)))
+    print(f"\nwritten             {args.out}")
+
+
 def tables(args: argparse.Namespace) -> None:
     update_readme(args.readme, read_records(args.results), args.results)
     if args.compare.exists():
@@ -296,6 +323,8 @@ def tables(args: argparse.Namespace) -> None:
         update_ada(args.readme, read_records(args.ada), args.ada)
         if args.ada == ADA_RESULTS:
             write_png(ada_figure(read_records(args.ada)), args.ada.with_name("ada.png"), 1300, 900)
+    if args.video.exists():
+        update_video(args.readme, read_records(args.video), args.video)
     if args.full_size.exists():
         update_full_size(args.readme, read_records(args.full_size), args.full_size)
     print(f"written             {args.readme}")

@@ -72,7 +72,10 @@ def training(folder: Path, updates: int) -> Learner:
     learner = Learner(pipe.tokenizer, pipe.text_encoder, pipe.transformer, pipe.transformer.blocks, args)
     if (folder / "state.pt").exists():
         learner.load(folder)
-    ids, latents = pipe.tokenizer("red apple", padding="max_length", max_length=WORDS, return_tensors="pt"), torch.ones(1, 16, 2, 8, 8)
+    ids, latents = (
+        pipe.tokenizer("red apple", padding="max_length", max_length=WORDS, return_tensors="pt"),
+        torch.ones(1, 16, 2, 8, 8),
+    )
 
     def loss() -> torch.Tensor:
         torch.manual_seed(learner.updates)

@@ -55,7 +55,9 @@ function toggled(kinds, step) {
 }
 
 const storageOf = (run) => run.storage || "latest";
-const sameRun = (a, b) => a.schedule === b.schedule && a.cutoff_block === b.cutoff_block && storageOf(a) === storageOf(b);
+/** Without reuse, neither the cutoff nor the storage matters. */
+const sameRun = (a, b) => a.schedule === b.schedule
+  && (!a.schedule.includes("r") || a.cutoff_block === b.cutoff_block && storageOf(a) === storageOf(b));
 
 // ---------------------------------------------------------------- small helpers
 
@@ -122,6 +124,8 @@ const SKELETON = `
   <form data-part="prompt"><label for="bd-prompt">Prompt</label>
     <div class="bd-line"><input id="bd-prompt" autocomplete="off" maxlength="300"><button data-live class="primary">Draw</button></div>
     <div class="bd-chips" role="group" aria-label="Examples"></div></form>
+  <div class="bd-status"><p role="status" aria-live="polite"></p><progress max="1" value="0" hidden></progress>
+    <button data-do="stop" data-live hidden>Stop</button></div>
   <div data-part="sliders" class="bd-sliders">
     <label>Reuse interval N <output></output><input type="range" name="interval" min="1" max="6" step="1">
       <small>One cache step, then N − 1 reuse steps. 1 never reuses.</small></label>
@@ -146,8 +150,6 @@ const SKELETON = `
     <label>Steps <input type="number" name="steps" min="1" max="100" step="1"></label>
     <label>Guidance <input type="number" name="guidance" min="1" max="20" step="0.5"></label>
     <label>Sampler <select name="sampler"></select></label></details>
-  <div class="bd-status"><p role="status" aria-live="polite"></p><progress max="1" value="0" hidden></progress>
-    <button data-do="stop" data-live hidden>Stop</button></div>
   <details data-part="words" class="bd-words" hidden><summary>Words the model knows</summary><p></p></details>
 </aside>
 <main class="bd-main">
@@ -197,17 +199,25 @@ const SKELETON = `
     <p>With a share w of the steps in the window and a share s = (i + 1)/L of the blocks skipped, the cost model gives</p>
     <math display="block"><mrow><mi>speedup</mi><mo>=</mo><mfrac><mn>1</mn><mrow><mn>1</mn><mo>−</mo><mi>w</mi><mo>(</mo><mn>1</mn><mo>−</mo><mn>1</mn><mo>/</mo><mi>N</mi><mo>)</mo><mi>s</mi></mrow></mfrac></mrow></math>
     <p>The page counts blocks exactly; that is the <i>ideal</i>. What is <i>measured</i> also pays for everything outside the blocks.</p>
-    <p><b>It fails</b> where adjacent steps differ: early in the run, while structure forms (window start below 0.25); with few steps (below four nothing is
-    reused); and with samplers that add noise on every step, since a reuse step never reads the current latent. Fewer steps are a strong rival: see
-    the trade-off. The method is that of <a href="https://arxiv.org/abs/2503.15927" rel="noopener">BlockDance (Zhang et al., CVPR 2025)</a>; its
+    <p><b>It fails</b> early in the run: the paper (PixArt at full size) finds that reuse before 40 % of the steps leaves structural artefacts. Early
+    outputs may look alike, as the map of the model in the box shows, where the last steps differ most. But a reuse step does not read the
+    current latent, just while the structure is decided, and every later step carries the error on: see the difference step by step.
+    It also fails with few steps (below four nothing is reused) and with samplers that add noise on every step.
+    Fewer steps are a strong rival: see the trade-off. The method is that of <a href="https://arxiv.org/abs/2503.15927" rel="noopener">BlockDance (Zhang et al., CVPR 2025)</a>; its
     authors have no part in this page.</p></details></section>
 </main></div>
 <div class="bd-notices" role="alert"></div>
-<aside class="bd-tour" role="dialog" aria-label="Tour" hidden></aside>`;
+<aside class="bd-tour" role="dialog" aria-label="Tour" tabindex="-1" hidden></aside>`;
 
 const MODES = {wipe: "wipe", flip: "flip", difference: "difference ×8"};
 const PAIR = ["SIMPLE", "COMPLEX"]; // of the held-out prompts, where the policy's schedules differ much
 const MOST_SCENES = 40; // live ones kept; of each a few hundred kilobytes
+const MOST_LETTERS = 300; // of a prompt
+const HANDLE_PX = 76; // of the cutoff, on the map
+const BAR_PX = 90; // the longest bar of an LPIPS
+const SCHEDULERS = {DDIM: "DDIMScheduler", "DPM-Solver++": "DPMSolverMultistepScheduler", Heun: "HeunDiscreteScheduler"}; // of diffusers
+const GRID = "rgba(128, 128, 128, 0.25)"; // of the plots
+const ABLATION = /-(quadratic|residual|fewer|mask)$/;
 const SCALES = {cosine: "cosine", log: "log(1 − cos)", block: "per block"};
 const DEFAULTS = {
   request: {prompt: "red apple", seed: 0, steps: 30, guidance: 4, sampler: "DDIM"}, model: "demo",
@@ -287,6 +297,7 @@ class Explorer {
     } catch (error) {
       this.notice(`The shipped comparisons could not be loaded (${error.message}).`);
     }
+    if (this.addressed) { this.choose(this.addressed.get("model")); return; }
     this.update();
     if (!calm() && this.runOf(this.scene)) this.play();
   }
@@ -305,8 +316,11 @@ class Explorer {
       this.shipped.push(scene);
     }
     this.$(".bd-chips").replaceChildren(...this.shipped.map(({request, num_blocks}) =>
-      h("button", {type: "button", "data-key": this.sceneKey(request, "demo"), onclick: () => { this.blocks = num_blocks; this.set({model: "demo", request: {...request}, pinned: null, edited: null}); }},
-        [request.prompt, request.steps !== 30 && `${request.steps} steps`, request.guidance !== 4 && `guidance ${request.guidance}`].filter(Boolean).join(", "))));
+      h("button", {type: "button", "data-key": this.sceneKey(request, "demo"), onclick: () => {
+        this.blocks = num_blocks;
+        this.set({model: "demo", request: {...request}, pinned: null, edited: null});
+      }}, [request.prompt, request.seed && `seed ${request.seed}`, request.steps !== 30 && `${request.steps} steps`,
+           request.guidance !== 4 && `guidance ${request.guidance}`].filter(Boolean).join(", "))));
   }
 
   /** News of a live run: {key, phase, progress, scene?, error?, unknown_words?, nearest_words?}. */
@@ -317,10 +331,12 @@ class Explorer {
       else Object.assign(this.waiting, {phase: news.phase, progress: news.progress});
     }
     if (news.unknown_words?.length) {
-      const words = news.unknown_words.map(word => [word, news.nearest_words[word].length && ` (near it: ${news.nearest_words[word].join(", ")})`].filter(Boolean).join(""));
+      const near = (word) => news.nearest_words[word].length ? ` (near it: ${news.nearest_words[word].join(", ")})` : "";
+      const words = news.unknown_words.map((word) => word + near(word));
       this.notice(`Words the model does not know, and draws as if they were not there: ${words.join(", ")}.`);
     }
     if (news.chosen) this.useModel(news.chosen);
+    if (this.addressed && (news.chosen || news.error)) this.readRest();
     if (news.planned) this.usePlan(news.planned);
     if (news.decided) this.useDecisions(news.scene_key, news.decided);
     if (news.animation) download("blockdance.gif", dataBlob(news.animation));
@@ -420,7 +436,8 @@ class Explorer {
   }
 
   showDecision({schedule, cutoff_block, storage}) {
-    this.set({config: {cutoff: cutoff_block}, storage, edited: schedule, ada: true});
+    const config = schedule.includes("r") ? {cutoff: cutoff_block} : {}; // of no use without reuse
+    this.set({config, storage, edited: schedule, ada: true});
   }
 
   /** Of the prompt that is shown, or of the pair. */
@@ -463,9 +480,21 @@ class Explorer {
     this.set({model, request, config, edited: null, pinned: null});
   }
 
+  choose(model) { this.order("choose", "choose", {model, current: this.state.model}); }
+
+  /** The address named a model, which is there now or cannot be: the rest of it is about that one. */
+  readRest() {
+    const given = this.addressed;
+    this.addressed = null;
+    this.readUrl(given, true);
+    this.update();
+  }
+
   /** Show a schedule that the planner found, and what it predicts. */
   usePlan({schedule, cutoff_block, storage, speedup_ideal, predicted, interval, distance}) {
-    this.plan = {schedule, cutoff_block, storage, text: `Planned: ${times(speedup_ideal)} ideal. Predicted ${distance}: ${tiny(predicted)}; for nine pictures in ten ${tiny(interval[0])} to ${tiny(interval[1])} (known of DDIM at guidance 4).`};
+    const text = `Planned: ${times(speedup_ideal)} ideal. Predicted ${distance}: ${tiny(predicted)}; ` +
+      `for nine pictures in ten ${tiny(interval[0])} to ${tiny(interval[1])} (known of DDIM at guidance 4).`;
+    this.plan = {schedule, cutoff_block, storage, text};
     this.set({config: {cutoff: cutoff_block}, storage, edited: schedule});
   }
 
@@ -473,6 +502,7 @@ class Explorer {
 
   build() {
     const {settings} = this;
+    this.parts = [...new Set(this.all("[data-part]").map((part) => part.dataset.part))];
     for (const element of this.all("[data-live]")) if (!this.live) element.remove();
     if (!this.live) this.$("#bd-prompt").parentElement.remove();
     this.$("form").onsubmit = (event) => { event.preventDefault(); this.set({request: {prompt: this.$("#bd-prompt").value}, pinned: null}); };
@@ -487,8 +517,11 @@ class Explorer {
     const storage = this.$("[name=storage]");
     if (storage) storage.onchange = () => this.set({storage: storage.value});
     this.fill("sampler", settings.samplers || [], (sampler) => this.set({request: {sampler}}));
-    this.fill("model", settings.models || [], (model) => this.order("choose", "choose", {model, current: this.state.model}));
+    this.fill("model", settings.models || [], (model) => this.choose(model));
     this.all("[data-do]").forEach((button) => { button.type = "button"; button.onclick = () => this[`do_${button.dataset.do}`](); });
+    this.root.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && this.tourStep && !event.defaultPrevented) this.showTour(-1);
+    });
     this.buildPictures();
     this.buildMap();
     this.buildStrip();
@@ -661,7 +694,7 @@ class Explorer {
     for (const [name, ref] of Object.entries({baseline, variant, control: at(control, true)})) this.drawTile(this.$(`[data-picture=${name}]`), scene, ref);
     this.drawBoth(scene, baseline, variant);
     const name = (picture, text) => { this.$(`[data-picture=${picture}]`).nextElementSibling.textContent = text; };
-    name("control", control ? `Fewer steps: ${control.steps}` : "Fewer steps");
+    name("control", `Fewer steps${control ? `: ${control.steps}` : ""}${seen === null ? "" : " (final)"}`);
     name("variant", run || !scene ? "BlockDance" : "BlockDance …");
     const scrubber = this.$("[name=step]");
     scrubber.max = steps;
@@ -721,25 +754,35 @@ class Explorer {
 
   renderNumbers(scene) {
     const run = this.runOf(scene), control = this.controlOf(scene), {kinds, cutoff, blocks} = this;
-    const measured = run?.speedup_measured ? times(run.speedup_measured) : run ? "1.00×" : "…";
+    const measured = run?.speedup_measured ? times(run.speedup_measured) : run ? "–" : "…";
     const figure = (value, label, title = "") => h("div", {title}, h("b", {}, value), h("span", {}, label));
-    const rows = [[this.state.storage === "latest" ? "BlockDance" : "BlockDance, extrapolated", run], [control ? `plain sampler, ${control.steps} steps` : "fewer steps", control]];
-    for (const [name, key] of [["JPEG, quality 90", "jpeg"], ["another seed", "seed"]]) rows.push([name, scene?.yardsticks?.[key] && {...scene.yardsticks[key], yardstick: true}]);
-    const bar = (value) => h("i", {className: "bd-bar", style: `width:${value > 0 ? clamp((Math.log10(value) + 5) / 5, 0.02, 1) * 100 : 0}%`});
+    const yardstick = (key) => scene?.yardsticks?.[key] && {...scene.yardsticks[key], yardstick: true};
+    const rows = [
+      [this.state.storage === "latest" ? "BlockDance" : "BlockDance, extrapolated", run],
+      [control ? `plain sampler, ${control.steps} steps` : "fewer steps", control],
+      ["JPEG, quality 90", yardstick("jpeg")], ["another seed", yardstick("seed")],
+    ];
+    const part = (value) => value > 0 ? clamp((Math.log10(value) + 5) / 5, 0.02, 1) : 0; // 0.00001 to 1
+    const bar = (value) => h("i", {className: "bd-bar", style: `width:${(BAR_PX * part(value)).toFixed(1)}px`});
     const cells = (row) => !row ? ["…", "…", "…", "…", "…"] : [
-      row.yardstick ? "" : row.speedup_measured ? times(row.speedup_measured) : "1.00×", row.yardstick ? "" : times(row.speedup_ideal),
+      row.yardstick ? "" : row.speedup_measured ? times(row.speedup_measured) : "–", row.yardstick ? "" : times(row.speedup_ideal),
       h("span", {}, small(row.lpips), bar(row.lpips)), row.ssim.toFixed(4), row.psnr === null ? "∞" : `${row.psnr.toFixed(1)} dB`];
-    const table = h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "difference from the baseline"), ...["measured", "ideal", "LPIPS", "SSIM", "PSNR"].map((name) => h("th", {scope: "col"}, name)))),
+    const columns = ["measured", "ideal", "LPIPS", "SSIM", "PSNR"].map((name) => h("th", {scope: "col"}, name));
+    const table = h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "difference from the baseline"), ...columns)),
       h("tbody", {}, ...rows.map(([name, row]) => h("tr", {}, h("th", {scope: "row"}, name), ...cells(row).map((cell) => h("td", {}, cell))))));
     const spread = run?.speedup_quartiles ? `, quartiles ${times(run.speedup_quartiles[0])} to ${times(run.speedup_quartiles[1])}` : "";
-    const often = run && !run.speedup_measured ? "nothing is reused, so nothing was timed" : run?.rounds > 1 ? `medians of ${run.rounds} interleaved rounds${spread}` : "timed once";
-    const note = h("p", {className: "bd-note"}, `${run ? `${often}; ${run.machine || scene.machine}. ` : ""}${(run?.lpips_name || control?.lpips_name) ?? "LPIPS"}, SSIM and PSNR are a difference from the baseline, not a quality; the bars are logarithmic.`);
+    const often = run && !run.speedup_measured ? "nothing is reused, so nothing was timed"
+      : run?.rounds > 1 ? `medians of ${run.rounds} interleaved rounds${spread}` : "timed once";
+    const note = h("p", {className: "bd-note"}, `${run ? `${often}; ${run.machine || scene.machine}. ` : ""}` +
+      `${(run?.lpips_name || control?.lpips_name) ?? "LPIPS"}, SSIM and PSNR are a difference from the baseline, not a quality; ` +
+      `the bars are logarithmic.${this.state.model === "demo" ? " Another seed is a weak yardstick here: the model memorises, and two seeds often look alike." : ""}`);
     const measure = this.$("[data-do=measure]");
     if (measure) measure.disabled = !run || !kinds.includes("r") || Boolean(this.waiting);
     this.$(".bd-numbers div").replaceChildren(
       h("div", {className: "bd-figures"}, figure(times(this.ideal), "ideal speedup", "from block counts"), figure(measured, "measured", "baseline seconds over ours"),
         figure(run ? small(run.lpips) : "…", "LPIPS"), figure(run ? run.ssim.toFixed(4) : "…", "SSIM")),
-      h("p", {}, `${this.coverage()} ${blocksRun(kinds, cutoff, blocks)} of ${blocks * kinds.length} block evaluations${run?.cache_bytes ? `; cache ${Math.round(run.cache_bytes / 1024)} KiB` : ""}.`), table, note);
+      h("p", {}, `${this.coverage()} ${blocksRun(kinds, cutoff, blocks)} of ${blocks * kinds.length} block evaluations` +
+        `${run?.cache_bytes ? `; cache ${Math.round(run.cache_bytes / 1024)} KiB` : ""}.`), table, note);
   }
 
   renderFeatures(scene) {
@@ -748,11 +791,15 @@ class Explorer {
     const step = this.step ?? this.state.request.steps - 1;
     this.$(".bd-features [data-step]").textContent = `step ${step}`;
     const row = this.$(".bd-features .bd-row");
-    if (!features) { row.replaceChildren(h("p", {className: "bd-note"}, scene ? "Not available for this model." : "…")); return; }
+    if (!features) {
+      row.replaceChildren(h("p", {className: "bd-note"}, scene?.map && !this.waiting ? "Not available for this model." : "…"));
+      return;
+    }
     const blocks = Object.entries(features.blocks);
     if (row.children.length !== blocks.length || row.dataset.blocks !== blocks.map(([block]) => block).join()) {
       row.dataset.blocks = blocks.map(([block]) => block).join();
-      row.replaceChildren(...blocks.map(([block]) => h("figure", {}, h("canvas", {width: features.side, height: features.side}), h("figcaption", {}, `${features.names[block]}: block ${block}`))));
+      row.replaceChildren(...blocks.map(([block]) => h("figure", {}, h("canvas", {width: features.side, height: features.side}),
+        h("figcaption", {}, `${features.names[block]}: block ${block}`))));
     }
     blocks.forEach(async ([, ref], index) => {
       const canvas = row.children[index].firstChild, side = features.side, source = await image(ref.src);
@@ -814,8 +861,8 @@ class Explorer {
     return {kind: "cell", step, block};
   }
 
-  lineY() { return this.shape.bottom - (this.cutoff + 1) * this.shape.row; }
-  edgeX(edge) { return this.shape.left + roundHalfEven(this.state.config[edge] * this.kinds.length) * this.shape.cell; }
+  lineY({bottom, row} = this.shape) { return bottom - (this.cutoff + 1) * row; }
+  edgeX(edge, {left, cell} = this.shape) { return left + roundHalfEven(this.state.config[edge] * this.kinds.length) * cell; }
 
   drag(what, x, y) {
     const {left, cell, row, bottom} = this.shape, steps = this.kinds.length;
@@ -841,9 +888,11 @@ class Explorer {
     if (tip.hidden) return;
     const value = this.scene?.map?.[block]?.[step], fate = source !== null && block <= this.cutoff ? `reused from step ${source}` : "computed";
     const chance = this.decision?.probabilities[step - this.decision.first];
-    tip.textContent = kind === "band" ? `step ${step}: ${KIND_NAMES[this.kinds[step]]}; ${chance === undefined ? "" : `Ada: cache with probability ${chance.toFixed(2)}; `}click to change`
+    const ada = chance === undefined ? "" : `Ada: cache with probability ${chance.toFixed(2)}; `;
+    const ran = `${blocksRun(this.kinds[step], this.cutoff, this.blocks)} of ${this.blocks} blocks run`;
+    tip.textContent = kind === "band" ? `step ${step}: ${KIND_NAMES[this.kinds[step]]}, ${ran}; ${ada}click to change`
       : `block ${block}, step ${step}: ${value == null ? "nothing to compare" : `cosine ${value.toFixed(5)}`}; ${fate}`;
-    tip.style.transform = `translate(${Math.min(x + 12, this.shape.width - 250)}px, ${y + 14}px)`;
+    tip.style.transform = `translate(${clamp(this.shape.width - tip.offsetWidth, 0, x + 12)}px, ${y + 14}px)`;
   }
 
   /** Every value of the map as a fraction of the colours, 1 for most alike, and what the ends of the colours mean. */
@@ -861,36 +910,53 @@ class Explorer {
   }
 
   renderMap(scene) {
-    const canvas = this.$("[data-map]"), width = canvas.parentElement.clientWidth, ratio = devicePixelRatio || 1;
+    const canvas = this.$("[data-map]"), width = canvas.parentElement.clientWidth, {kinds} = this;
     if (!width) return;
-    const kinds = this.kinds, steps = kinds.length, row = clamp(Math.round(300 / this.blocks), 8, 22), left = 44, top = 8, band = this.decision ? 44 : 20;
-    const bottom = top + row * this.blocks, height = bottom + band + 34, cell = (width - left - 12) / steps;
-    this.shape = {left, top, cell, row, band, bottom, width};
-    canvas.style.height = `${height}px`;
+    this.shape = this.mapShape(width, clamp(Math.round(300 / this.blocks), 8, 22));
+    canvas.style.height = `${this.shape.height}px`;
+    this.paintMap(canvas, scene, this.shape, devicePixelRatio || 1, getComputedStyle(canvas).color);
+    const reused = [...kinds].filter((kind) => kind === "r").length;
+    this.$(".bd-plan").textContent = `${this.coverage()} Ideal speedup ${times(this.ideal)}. Schedule ${kinds}.`;
+    canvas.setAttribute("aria-label", `Similarity map. Cutoff block ${this.cutoff}, ${reused} reuse steps. Arrow up and down move the cutoff, ` +
+      "left and right the step, Enter toggles the step, brackets move the window's start.");
+  }
+
+  /** Where the parts of a map lie that is `width` wide, with blocks of `row` pixels. */
+  mapShape(width, row) {
+    const left = 44, top = 8, band = this.decision ? 44 : 24, bottom = top + row * this.blocks;
+    return {left, top, cell: (width - left - 12) / this.kinds.length, row, band, bottom, width, height: bottom + band + 34};
+  }
+
+  paintMap(canvas, scene, shape, ratio, ink) {
+    const {left, cell, row, band, bottom, width, height} = shape, {kinds} = this, steps = kinds.length;
     canvas.width = width * ratio; canvas.height = height * ratio;
     const c = canvas.getContext("2d");
     c.scale(ratio, ratio);
-    const ink = getComputedStyle(canvas).color;
     c.font = "12px system-ui, sans-serif";
-    const colours = scene?.map ? this.shades(scene.map) : null, sources = reusedFrom(kinds);
+    const colours = scene?.map ? this.shades(scene.map) : null, sources = reusedFrom(kinds), line = this.lineY(shape);
     for (let block = 0; block < this.blocks; block++) for (let step = 0; step < steps; step++) {
       const shade = colours?.fractions[block]?.[step];
       c.fillStyle = shade == null ? "rgba(128, 128, 128, 0.18)" : viridis(shade);
       c.fillRect(left + step * cell, bottom - (block + 1) * row, cell - 0.5, row - 0.5);
     }
     c.strokeStyle = "rgba(10, 10, 10, 0.7)"; c.lineWidth = 1.2;
-    for (let step = 0; step < steps; step++) if (sources[step] !== null) this.hatch(c, left + step * cell, this.lineY(), cell, bottom - this.lineY());
-    for (let step = 0; step < steps; step++) {
-      c.fillStyle = KIND_COLOURS[kinds[step]];
-      c.fillRect(left + step * cell + 0.5, bottom + 5, cell - 1, band - 6);
-    }
+    for (let step = 0; step < steps; step++) if (sources[step] !== null) this.hatch(c, left + step * cell, line, cell, bottom - line);
+    this.drawSteps(c, shape);
     if (this.decision) this.drawProbabilities(c, this.decision.first, this.decision.probabilities, left, cell, bottom + 6, band - 8);
-    this.drawHandles(c, ink);
-    this.drawAxes(c, ink, height);
-    if (colours && width > 700) this.drawLegend(c, ink, height, colours.ends);
-    const reused = [...kinds].filter((kind) => kind === "r").length;
-    this.$(".bd-plan").textContent = `${this.coverage()} Ideal speedup ${times(this.ideal)}. Schedule ${kinds}.`;
-    canvas.setAttribute("aria-label", `Similarity map. Cutoff block ${this.cutoff}, ${reused} reuse steps. Arrow up and down move the cutoff, left and right the step, Enter toggles the step, brackets move the window's start.`);
+    this.drawHandles(c, ink, shape);
+    this.drawAxes(c, ink, shape);
+    if (colours && width > 700) this.drawLegend(c, ink, shape, colours.ends);
+  }
+
+  /** The band below the map: a bar a step, as high as the share of the blocks that run. */
+  drawSteps(c, {left, cell, band, bottom}) {
+    const full = band - 6;
+    [...this.kinds].forEach((kind, step) => {
+      const high = full * blocksRun(kind, this.cutoff, this.blocks) / this.blocks, x = left + step * cell + 0.5;
+      c.fillStyle = KIND_COLOURS[kind];
+      c.globalAlpha = 0.3; c.fillRect(x, bottom + 5, cell - 1, full);
+      c.globalAlpha = 1; c.fillRect(x, bottom + 5 + full - high, cell - 1, high);
+    });
   }
 
   hatch(c, x, y, width, height) {
@@ -902,16 +968,23 @@ class Explorer {
     c.restore();
   }
 
-  drawHandles(c, ink) {
-    const {left, top, bottom, width} = this.shape, y = this.lineY(), step = this.step;
+  /** Where the cutoff's handle leaves the window's edges free. */
+  handleX(shape) {
+    const {left, width} = shape, [start, end] = ["start", "end"].map((edge) => this.edgeX(edge, shape));
+    if (start - left > HANDLE_PX + 8) return left + 4;
+    return width - 12 - end > HANDLE_PX + 8 ? width - 16 - HANDLE_PX : (start + end - HANDLE_PX) / 2;
+  }
+
+  drawHandles(c, ink, shape) {
+    const {left, top, cell, bottom, width} = shape, y = this.lineY(shape), step = this.step, handle = this.handleX(shape);
     c.strokeStyle = KIND_COLOURS.r; c.lineWidth = 3;
     c.beginPath(); c.moveTo(left, y); c.lineTo(width - 12, y); c.stroke();
     c.fillStyle = KIND_COLOURS.r;
-    c.beginPath(); c.roundRect(width - 110, y - 10, 96, 20, 6); c.fill();
+    c.beginPath(); c.roundRect(handle, y - 10, HANDLE_PX, 20, 6); c.fill();
     c.fillStyle = "#1b1b1b"; c.textAlign = "center"; c.textBaseline = "middle";
-    c.fillText(`↕ cutoff ${this.cutoff}`, width - 62, y + 1);
+    c.fillText(`↕ cutoff ${this.cutoff}`, handle + HANDLE_PX / 2, y + 1);
     if (!this.state.edited) for (const edge of ["start", "end"]) {
-      const x = this.edgeX(edge);
+      const x = this.edgeX(edge, shape);
       c.setLineDash([5, 4]); c.lineWidth = 2;
       c.beginPath(); c.moveTo(x, top); c.lineTo(x, bottom); c.stroke();
       c.setLineDash([]);
@@ -920,12 +993,12 @@ class Explorer {
     }
     if (step !== null) {
       c.strokeStyle = ink; c.lineWidth = 2;
-      c.strokeRect(left + step * this.shape.cell, top, this.shape.cell, bottom - top);
+      c.strokeRect(left + step * cell, top, cell, bottom - top);
     }
   }
 
-  drawAxes(c, ink, height) {
-    const {left, cell, row, bottom, band, width} = this.shape, steps = this.kinds.length;
+  drawAxes(c, ink, {left, cell, row, bottom, band, width, height}) {
+    const steps = this.kinds.length;
     c.fillStyle = ink; c.textBaseline = "middle"; c.textAlign = "right";
     for (let block = 0; block < this.blocks; block += 4) c.fillText(block, left - 6, bottom - (block + 0.5) * row);
     c.textAlign = "center";
@@ -941,8 +1014,8 @@ class Explorer {
     }
   }
 
-  drawLegend(c, ink, height, [low, high]) {
-    const right = this.shape.width - 12, bar = 90;
+  drawLegend(c, ink, {width, height}, [low, high]) {
+    const right = width - 12, bar = 90;
     c.textAlign = "right"; c.fillStyle = ink;
     c.fillText(high, right, height - 7);
     const end = right - c.measureText(high).width - 6;
@@ -976,10 +1049,10 @@ class Explorer {
   drawPlotsNow() {
     const scene = this.scene, run = this.runOf(scene);
     if (!window.Plotly || !this.plotting || !scene?.baseline) return;
-    const ink = getComputedStyle(this.root).color, grid = "rgba(128, 128, 128, 0.25)";
+    const ink = getComputedStyle(this.root).color, axis = (title) => ({title: {text: title}, gridcolor: GRID, zeroline: false});
     const layout = (x, y, more = {}) => ({
-      xaxis: {title: {text: x}, gridcolor: grid, zeroline: false}, yaxis: {title: {text: y}, gridcolor: grid, zeroline: false}, height: 300,
-      margin: {l: 60, r: 10, t: 10, b: 45}, font: {color: ink, family: "system-ui, sans-serif"}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      xaxis: axis(x), yaxis: axis(y), height: 300, margin: {l: 60, r: 10, t: 10, b: 45},
+      font: {color: ink, family: "system-ui, sans-serif"}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       legend: {orientation: "h", y: 1.12}, ...more});
     const options = {displaylogo: false, responsive: true, toImageButtonOptions: {format: "svg", filename: "blockdance"},
                      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
@@ -987,12 +1060,17 @@ class Explorer {
     this.drawTradeoff(scene, run, layout, react);
     if (this.comparison) this.drawComparison(layout, react);
     const difference = run?.step_difference || [];
-    react("steps", [{x: difference.map((_, step) => step), y: difference, type: "bar", marker: {color: difference.map((_, step) => KIND_COLOURS[this.kinds[step]])},
-                     hovertemplate: "step %{x}: %{y:.4f}<extra></extra>"}], layout("step", "relative difference of the expected latents"));
+    react("steps", [{x: difference.map((_, step) => step), y: difference, type: "bar",
+                     marker: {color: difference.map((_, step) => KIND_COLOURS[this.kinds[step]])},
+                     hovertemplate: "step %{x}: %{y:.4f}<extra></extra>"}], layout("step", "difference, relative"));
     if (scene.map) {
       const first = roundHalfEven(0.5 * scene.map[0].length);
-      const change = scene.map.map((values) => { const late = values.slice(first).filter((value) => value !== null); return late.reduce((sum, value) => sum + 1 - value, 0) / late.length; });
-      react("blocks", [{x: change, y: change.map((_, block) => block), type: "bar", orientation: "h", marker: {color: change.map((_, block) => block <= this.cutoff ? KIND_COLOURS.r : KIND_COLOURS.f)},
+      const change = scene.map.map((values) => {
+        const late = values.slice(first).filter((value) => value !== null);
+        return late.reduce((sum, value) => sum + 1 - value, 0) / late.length;
+      });
+      react("blocks", [{x: change, y: change.map((_, block) => block), type: "bar", orientation: "h",
+                        marker: {color: change.map((_, block) => block <= this.cutoff ? KIND_COLOURS.r : KIND_COLOURS.f)},
                         hovertemplate: "block %{y}: %{x:.5f}<extra></extra>"}], layout("mean of 1 − cosine, second half of the run", "block"));
     }
   }
@@ -1004,7 +1082,10 @@ class Explorer {
     this.comparison = await answer.json();
     const counts = Object.keys(this.comparison.steps);
     this.comparedAt = counts[0];
-    this.$(".bd-counts").append(...counts.map((steps) => h("button", {type: "button", "data-steps": steps, onclick: () => { this.comparedAt = steps; this.drawPlotsNow(); }}, `${steps} steps`)));
+    this.$(".bd-counts").append(...counts.map((steps) => h("button", {type: "button", "data-steps": steps, onclick: () => {
+      this.comparedAt = steps;
+      this.drawPlotsNow();
+    }}, `${steps} steps`)));
     this.$(".bd-compared").hidden = false;
     this.drawPlotsNow();
   }
@@ -1012,40 +1093,55 @@ class Explorer {
   drawComparison(layout, react) {
     const {lpips_name, prompts, steps, colours} = this.comparison, {curves, verdicts} = steps[this.comparedAt];
     for (const button of this.all(".bd-counts button")) button.setAttribute("aria-pressed", button.dataset.steps === this.comparedAt);
-    this.$(".bd-compared p").textContent = `${prompts} prompts, each method at several settings, timed side by side when the page was made: the mean over prompts. Below it, for every speed, who changes the picture least.`;
+    this.$(".bd-compared p").textContent = `${prompts} prompts, each method at several settings, timed side by side when the page was made: ` +
+      "the mean over prompts. A line joins a method's best settings; ablations are in the legend, a click shows them. Below it, for every speed, who changes the picture least.";
     this.$(".bd-compared ul").replaceChildren(...verdicts.map((text) => h("li", {}, text)));
+    const best = (one, all) => !all.some((other) => other.speedup > one.speedup && other.lpips <= one.lpips);
     const data = Object.entries(curves).filter(([, all]) => all.length).map(([name, all]) => {
-      const points = all.filter((one) => one.lpips > 0);  // what skips nothing changes nothing, and has no place on a logarithmic axis
-      const ours = name.startsWith("blockdance");
-      return {name, x: points.map((one) => one.speedup), y: points.map((one) => one.lpips), mode: "lines+markers", line: {color: colours[name], width: ours ? 3 : 1.5, dash: ours ? "solid" : "dot"},
-              error_y: {array: points.map((one) => one.interval[1] - one.lpips), arrayminus: points.map((one) => one.lpips - one.interval[0]), thickness: 1, width: 2},
-              text: points.map((one) => `${name} ${one.knob}: worst ${small(one.worst)}, SSIM ${one.ssim.toFixed(4)}, ${(one.peak_bytes / 2 ** 20).toFixed(1)} MiB`),
-              hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.6f}<extra></extra>"};
+      // What skips nothing changes nothing, and has no place on a logarithmic axis.
+      const points = all.filter((one) => one.lpips > 0 && best(one, all)), ours = name.startsWith("blockdance");
+      return {
+        name, x: points.map((one) => one.speedup), y: points.map((one) => one.lpips), mode: "lines+markers",
+        visible: ABLATION.test(name) ? "legendonly" : true,
+        line: {color: colours[name], width: ours ? 3 : 1.5, dash: ours ? "solid" : "dot"},
+        error_y: {array: points.map((one) => one.interval[1] - one.lpips), arrayminus: points.map((one) => one.lpips - one.interval[0]),
+                  thickness: 1, width: 2},
+        text: points.map((one) =>
+          `${name} ${one.knob}: worst ${small(one.worst)}, SSIM ${one.ssim.toFixed(4)}, ${(one.peak_bytes / 2 ** 20).toFixed(1)} MiB`),
+        hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.6f}<extra></extra>",
+      };
     });
     const narrow = this.$("[data-plot=compared]").clientWidth < 600;  // a legend of one column
-    const axis = {title: {text: `${lpips_name}, mean`}, type: "log", gridcolor: "rgba(128, 128, 128, 0.25)", exponentformat: "power"};
+    const axis = {title: {text: `${lpips_name}, mean`}, type: "log", dtick: 1, gridcolor: GRID, exponentformat: "power"};
     react("compared", data, layout("speedup, measured", "", {height: narrow ? 680 : 460, yaxis: axis, legend: {orientation: "h", y: -0.25}}));
   }
 
   drawTradeoff(scene, run, layout, react) {
     const key = this.sceneKey(), isTried = (dot) => this.tried.some((old) => old.key === key && sameRun(old, dot));
     const dots = scene.runs.filter((dot) => dot.speedup_measured).sort((a, b) => a.speedup_measured - b.speedup_measured);
-    const frontier = dots.filter((dot) => !dots.some((other) => other !== dot && other.speedup_measured >= dot.speedup_measured && other.lpips < dot.lpips));
+    const beats = (other, dot) => other !== dot && other.speedup_measured >= dot.speedup_measured && other.lpips < dot.lpips;
+    const frontier = dots.filter((dot) => !dots.some((other) => beats(other, dot)));
     const controls = [...scene.controls].sort((a, b) => a.speedup_measured - b.speedup_measured);
     const told = (dot) => `${dot.schedule}, cutoff ${dot.cutoff_block}${storageOf(dot) === "latest" ? "" : ", extrapolated"}`;
-    const series = (name, of, more) => ({name, x: of.map((dot) => dot.speedup_measured), y: of.map((dot) => dot.lpips), customdata: of.map((dot) => [dot.schedule, dot.cutoff_block, storageOf(dot)]),
-      text: of.map((dot) => dot.schedule.includes("r") ? told(dot) : `${dot.steps} steps`), hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.5f}<extra></extra>", ...more});
+    const series = (name, of, more) => ({
+      name, x: of.map((dot) => dot.speedup_measured), y: of.map((dot) => dot.lpips),
+      customdata: of.map((dot) => [dot.schedule, dot.cutoff_block, storageOf(dot)]),
+      text: of.map((dot) => dot.schedule.includes("r") ? told(dot) : `${dot.steps} steps`),
+      hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.5f}<extra></extra>", ...more});
+    const points = (name, of, marker) => series(name, of, {mode: "markers", marker});
     const data = [
-      series("BlockDance, computed ahead", dots.filter((dot) => !isTried(dot)), {mode: "markers", marker: {color: KIND_COLOURS.c, size: 7, opacity: 0.35}}),
-      series("BlockDance, tried", dots.filter((dot) => isTried(dot) && storageOf(dot) === "latest"), {mode: "markers", marker: {color: KIND_COLOURS.c, size: 10}}),
-      series("BlockDance extrapolated, tried", dots.filter((dot) => storageOf(dot) !== "latest"), {mode: "markers", marker: {color: KIND_COLOURS.r, size: 10, symbol: "diamond"}}),
+      points("BlockDance, computed ahead", dots.filter((dot) => !isTried(dot)), {color: KIND_COLOURS.c, size: 7, opacity: 0.7}),
+      points("BlockDance, tried", dots.filter((dot) => isTried(dot) && storageOf(dot) === "latest"), {color: KIND_COLOURS.c, size: 10}),
+      points("BlockDance extrapolated, tried", dots.filter((dot) => storageOf(dot) !== "latest"), {color: KIND_COLOURS.r, size: 10, symbol: "diamond"}),
       series("best of BlockDance", frontier, {mode: "lines", line: {color: KIND_COLOURS.c, width: 1}, hoverinfo: "skip", hovertemplate: null}),
-      series("fewer steps, no cache", controls, {mode: "lines+markers", marker: {color: KIND_COLOURS.f, size: 8, symbol: "square"}, line: {color: KIND_COLOURS.f, dash: "dot"}}),
+      series("fewer steps, no cache", controls, {mode: "lines+markers", marker: {color: KIND_COLOURS.f, size: 8, symbol: "square"},
+                                                 line: {color: KIND_COLOURS.f, dash: "dot"}}),
     ];
-    if (run?.speedup_measured) data.push(series("shown", [run], {mode: "markers", marker: {color: "rgba(0,0,0,0)", size: 16, line: {color: KIND_COLOURS.r, width: 3}}}));
+    if (run?.speedup_measured) data.push(points("shown", [run], {color: "rgba(0,0,0,0)", size: 16, line: {color: KIND_COLOURS.r, width: 3}}));
     this.listDots(dots, controls, told);
-    const plot = this.$("[data-plot=tradeoff]");
-    react("tradeoff", data, layout("speedup, measured", "LPIPS (difference from the baseline)", {height: 360, yaxis: {title: {text: "LPIPS (difference)"}, rangemode: "tozero", gridcolor: "rgba(128, 128, 128, 0.25)"}}))
+    const plot = this.$("[data-plot=tradeoff]"), narrow = plot.clientWidth < 600;  // a legend of one column
+    const axis = {title: {text: "LPIPS (difference)"}, rangemode: "tozero", gridcolor: GRID};
+    react("tradeoff", data, layout("speedup, measured", "", {height: narrow ? 480 : 400, yaxis: axis, legend: {orientation: "h", y: narrow ? -0.2 : -0.22}}))
       .then(() => { plot.removeAllListeners?.("plotly_click"); plot.on("plotly_click", ({points}) => this.load(points[0].customdata)); });
   }
 
@@ -1055,22 +1151,30 @@ class Explorer {
     const shown = [...dots, ...controls].map(figures).join();
     if (place.dataset.shown === shown) return; // a key may be on one of the buttons
     place.dataset.shown = shown;
-    place.replaceChildren(h("ul", {}, ...dots.map((dot) => h("li", {}, h("button", {type: "button", onclick: () => this.load([dot.schedule, dot.cutoff_block, storageOf(dot)])}, told(dot)), ` ${figures(dot)}`)),
+    const button = (dot) => h("button", {type: "button", onclick: () => this.load([dot.schedule, dot.cutoff_block, storageOf(dot)])}, told(dot));
+    place.replaceChildren(h("ul", {}, ...dots.map((dot) => h("li", {}, button(dot), ` ${figures(dot)}`)),
       ...controls.map((dot) => h("li", {}, `${dot.steps} steps without a cache ${figures(dot)}`))));
   }
 
   /** Show a schedule: as the sliders would say it if they can, else as one edited by hand. */
   load([kinds, cutoff, storage]) {
     if (!kinds.includes("r")) return;
-    for (const interval of [2, 3, 4, 5, 6]) for (const [start, end] of [[this.state.config.start, this.state.config.end], [0.4, 0.95], [0, 1], [0.25, 0.95]])
-      if (fixedSchedule({interval, start, end}, kinds.length) === kinds) { this.set({config: {interval, cutoff, start, end}, storage, edited: null}); return; }
+    const {config} = this.state, windows = [[config.start, config.end], [0.4, 0.95], [0, 1], [0.25, 0.95]];
+    for (const interval of [2, 3, 4, 5, 6]) for (const [start, end] of windows) {
+      if (fixedSchedule({interval, start, end}, kinds.length) !== kinds) continue;
+      this.set({config: {interval, cutoff, start, end}, storage, edited: null});
+      return;
+    }
     this.set({config: {cutoff}, storage, edited: kinds});
   }
 
   // ------------------------------------------------------------ the address
 
-  readUrl() {
-    const given = new URLSearchParams(location.search), {request, config} = this.state, changed = [];
+  get firstModel() { return this.settings.defaults?.model || "demo"; }
+
+  /** Take the settings of the address; if it names another model, that is loaded first. */
+  readUrl(given = new URLSearchParams(location.search), retried = false) {
+    const {request, config} = this.state, changed = [];
     const number = (name, low, high, whole, into, field) => {
       if (!given.has(name)) return;
       const raw = given.get(name), value = raw.trim() === "" ? NaN : Number(raw);
@@ -1083,7 +1187,13 @@ class Explorer {
       if (values.includes(given.get(name))) into[name] = given.get(name);
       else changed.push(`${name}=${given.get(name)} is not one of ${values.join(", ")}`);
     };
-    if (given.get("prompt")?.trim()) request.prompt = given.get("prompt").slice(0, 300);
+    const named = {model: this.state.model};
+    among("model", this.settings.models || [this.firstModel], named);
+    if (named.model !== this.state.model && !retried) { this.addressed = given; return; }
+    const prompt = given.get("prompt");
+    if (prompt?.trim()) request.prompt = prompt.slice(0, MOST_LETTERS);
+    else if (given.has("prompt")) changed.push(`prompt is empty; “${request.prompt}” is used`);
+    if (prompt?.length > MOST_LETTERS) changed.push(`prompt has ${prompt.length} letters; the first ${MOST_LETTERS} are used`);
     number("seed", 0, 2 ** 32 - 1, true, request, "seed");
     number("steps", 1, 100, true, request, "steps");
     number("guidance", 1, 20, false, request, "guidance");
@@ -1092,8 +1202,15 @@ class Explorer {
     number("i", 0, this.blocks - 2, true, config, "cutoff");
     number("start", 0, 1, false, config, "start");
     number("end", 0, 1, false, config, "end");
-    if (config.start > config.end) { changed.push(`start=${config.start} exceeds end=${config.end}; end is ${config.start}`); config.end = config.start; }
-    if (given.has("step")) { const at = {step: 0}; number("step", 0, request.steps - 1, true, at, "step"); this.state.pinned = at.step; }
+    if (config.start > config.end) {
+      changed.push(`start=${config.start} exceeds end=${config.end}; end is ${config.start}`);
+      config.end = config.start;
+    }
+    if (given.has("step")) {
+      const at = {step: 0};
+      number("step", 0, request.steps - 1, true, at, "step");
+      this.state.pinned = at.step;
+    }
     if (this.live && given.has("ada")) { number("ada", 0.2, 0.8, false, this.state, "saving"); this.state.ada = true; }
     if (this.live) among("storage", ["latest", "extrapolated"], this.state);
     among("scale", Object.keys(SCALES), this.state);
@@ -1103,22 +1220,26 @@ class Explorer {
       else changed.push(`s=${given.get("s")} is not a schedule of ${request.steps} steps`);
     }
     for (const name of (given.get("hide") || "").split(",").filter(Boolean)) {
-      const parts = this.all("[data-part]").filter((part) => part.dataset.part === name);
-      if (!parts.length) changed.push(`hide=${name} is not one of ${[...new Set(this.all("[data-part]").map((part) => part.dataset.part))].join(", ")}`);
-      parts.forEach((part) => { part.style.display = "none"; });
+      if (!this.parts.includes(name)) changed.push(`hide=${name} is not one of ${this.parts.join(", ")}`);
+      for (const part of this.all("[data-part]")) if (part.dataset.part === name) part.style.display = "none";
     }
     changed.forEach((text) => this.notice(`In the address, ${text}.`));
   }
 
   settingsUrl() {
-    const url = new URL(location.href), {request, config, edited, ada, saving, storage, pinned, scale, mode} = this.state;
-    const shown = {...request, n: config.interval, i: config.cutoff, start: config.start, end: config.end, s: edited, step: pinned, storage: storage === "latest" ? null : storage, ada: ada ? saving : null,
-                   scale: scale === "cosine" ? null : scale, mode: mode === "wipe" ? null : mode};
-    for (const [name, value] of Object.entries(shown)) if (value === null) url.searchParams.delete(name); else url.searchParams.set(name, value);
+    const url = new URL(location.href), {request, model, config, edited, ada, saving, storage, pinned, scale, mode} = this.state;
+    const unless = (usual, value) => value === usual ? null : value;
+    const shown = {...request, model: unless(this.firstModel, model), n: config.interval, i: config.cutoff, start: config.start, end: config.end,
+                   s: edited, step: pinned, storage: unless("latest", storage), ada: ada ? saving : null,
+                   scale: unless("cosine", scale), mode: unless("wipe", mode)};
+    for (const [name, value] of Object.entries(shown)) {
+      if (value === null) url.searchParams.delete(name);
+      else url.searchParams.set(name, value);
+    }
     return url.href;
   }
 
-  saveUrlNow() { if (!this.playing) history.replaceState(history.state, "", this.settingsUrl()); }
+  saveUrlNow() { if (!this.playing && !this.addressed) history.replaceState(history.state, "", this.settingsUrl()); }
 
   async copy(text, what) {
     try { await navigator.clipboard.writeText(text); this.notice(`${what} copied.`); } catch { prompt(`Copy the ${what.toLowerCase()}:`, text); }
@@ -1136,8 +1257,9 @@ class Explorer {
   /** What is exported: the setting and every figure. */
   facts() {
     const scene = this.scene, {picture, previews, ...run} = this.runOf(scene) || {};
-    return {request: this.state.request, model: this.state.model, num_blocks: this.blocks, machine: run.machine || scene?.machine, schedule: this.kinds, cutoff_block: this.cutoff, storage: this.state.storage, ...run,
-            yardsticks: scene?.yardsticks, address: this.settingsUrl()};
+    const {request, model, storage} = this.state;
+    return {request, model, num_blocks: this.blocks, machine: run.machine || scene?.machine, schedule: this.kinds, cutoff_block: this.cutoff,
+            storage, ...run, yardsticks: scene?.yardsticks, address: this.settingsUrl()};
   }
 
   do_json() { download("blockdance.json", new Blob([JSON.stringify(this.facts(), null, 2)], {type: "application/json"})); }
@@ -1148,20 +1270,32 @@ class Explorer {
     download("similarity.csv", new Blob([["block,step,cosine,kind,reused", ...lines].join("\n") + "\n"], {type: "text/csv"}));
   }
 
-  do_python() {
-    const {request, config, edited, storage} = this.state, text = JSON.stringify(request.prompt);
+  do_python() { this.copy(this.python(), "Python"); }
+
+  /** A script that draws what is shown. */
+  python() {
+    const {request, config, edited, storage, model} = this.state, text = JSON.stringify(request.prompt), isDemo = model === "demo";
+    const scheduler = isDemo && request.sampler === "DDIM" ? null : SCHEDULERS[request.sampler]; // the demo's own is DDIM
     const rule = storage === "latest" ? "" : ", storage=Extrapolated()";
+    const names = [rule && "Extrapolated", edited ? "Schedule" : "ReuseConfig", "accelerate", isDemo && "load_demo_pipeline"].filter(Boolean);
     const plan = edited ? `Schedule.parse("${edited}", cutoff_block=${config.cutoff})`
       : `ReuseConfig(reuse_interval=${config.interval}, cutoff_block=${config.cutoff}, window_start=${config.start}, window_end=${config.end})`;
-    this.copy(`import torch
-
-from blockdance import ${rule ? "Extrapolated, " : ""}${edited ? "Schedule" : "ReuseConfig"}, accelerate, load_demo_pipeline
-
-pipe = load_demo_pipeline()
-with accelerate(pipe, ${plan}${rule}) as trace:
-    image = pipe(${text}, num_inference_steps=${request.steps}, guidance_scale=${request.guidance}, generator=torch.Generator().manual_seed(${request.seed})).images[0]
-print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")
-`, "Python");
+    const input = model.startsWith("dit-") ? `pipe.get_label_ids([${text}])` : text; // a class of ImageNet
+    return [
+      "import torch",
+      ...(scheduler ? [`from diffusers import ${scheduler}`] : []),
+      "",
+      `from blockdance import ${names.join(", ")}`,
+      ...(isDemo ? [] : ["from blockdance.presets import load_pipeline"]),
+      "",
+      isDemo ? "pipe = load_demo_pipeline()" : `pipe = load_pipeline(${JSON.stringify(model)})`,
+      ...(scheduler ? [`pipe.scheduler = ${scheduler}.from_config(pipe.scheduler.config)`] : []),
+      `with accelerate(pipe, ${plan}${rule}) as trace:`,
+      `    image = pipe(${input}, num_inference_steps=${request.steps}, guidance_scale=${request.guidance}, ` +
+        `generator=torch.Generator().manual_seed(${request.seed})).images[0]`,
+      'print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")',
+      "",
+    ].join("\n");
   }
 
   async do_card() {
@@ -1169,17 +1303,32 @@ print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")
     if (!run) { this.notice("The pictures are not there yet."); return; }
     const card = h("canvas", {width: 1200, height: 630}), c = card.getContext("2d"), {request} = this.state;
     const control = this.controlOf(this.scene);
-    const write = (text, x, y, font, colour = "#1f2933") => { c.font = `${font} system-ui, sans-serif`; c.fillStyle = colour; c.fillText(text, x, y, 1140); };
+    const write = (text, x, y, font, colour = "#1f2933") => {
+      c.font = `${font} system-ui, sans-serif`;
+      c.fillStyle = colour;
+      c.fillText(text, x, y, 1140);
+    };
     c.fillStyle = "#ffffff"; c.fillRect(0, 0, 1200, 630);
     write("BlockDance Explorer", 30, 52, "600 30px");
     write(`“${request.prompt}”, seed ${request.seed}, ${request.steps} steps, guidance ${request.guidance}, ${request.sampler}`, 30, 88, "20px", "#52606d");
-    const columns = [["baseline", "baseline"], ["variant", `BlockDance: ${times(this.ideal)} ideal${run.speedup_measured ? `, ${times(run.speedup_measured)} measured` : ""}`], ["control", control ? `${control.steps} steps: ${times(control.speedup_ideal)} ideal` : "fewer steps"]];
-    columns.forEach(([name, label], index) => { c.drawImage(this.$(`[data-picture=${name}]`), 30 + 270 * index, 110, 250, 250); write(label, 30 + 270 * index, 385, "16px"); });
-    const map = this.$("[data-map]");
-    c.drawImage(map, 850, 110, 330, 330 * Math.min(1, map.height / map.width));
-    write(`LPIPS ${small(run.lpips)}, SSIM ${run.ssim.toFixed(4)} (difference from the baseline); ${this.coverage()}`, 30, 430, "20px");
-    if (control) write(`Fewer steps at about the same cost: LPIPS ${small(control.lpips)}, SSIM ${control.ssim.toFixed(4)}`, 30, 462, "20px");
-    [...this.kinds].forEach((kind, step) => { c.fillStyle = KIND_COLOURS[kind]; c.fillRect(30 + step * (1140 / this.kinds.length), 500, 1140 / this.kinds.length - 2, 24); });
+    const columns = [
+      ["baseline", "Baseline", "all blocks on every step"],
+      ["variant", "BlockDance", `${times(this.ideal)} ideal${run.speedup_measured ? `, ${times(run.speedup_measured)} measured` : ""}`],
+      ["control", control ? `Fewer steps: ${control.steps}` : "Fewer steps", control ? `${times(control.speedup_ideal)} ideal` : "not drawn yet"],
+    ];
+    columns.forEach(([name, label, figures], index) => {
+      const x = 30 + 270 * index;
+      c.drawImage(this.$(`[data-picture=${name}]`), x, 110, 250, 250);
+      write(label, x, 382, "600 16px");
+      write(figures, x, 402, "16px", "#52606d");
+    });
+    const map = h("canvas", {}), shape = this.mapShape(330, Math.floor(226 / this.blocks)); // as high as the pictures and their captions
+    this.paintMap(map, this.scene, shape, 2, "#52606d");
+    c.drawImage(map, 850, 110, shape.width, shape.height);
+    write(`LPIPS ${small(run.lpips)}, SSIM ${run.ssim.toFixed(4)} (difference from the baseline); ${this.coverage()}`, 30, 440, "20px");
+    if (control) write(`Fewer steps at about the same cost: LPIPS ${small(control.lpips)}, SSIM ${control.ssim.toFixed(4)}`, 30, 470, "20px");
+    const cell = 1140 / this.kinds.length;
+    [...this.kinds].forEach((kind, step) => { c.fillStyle = KIND_COLOURS[kind]; c.fillRect(30 + step * cell, 500, cell - 2, 24); });
     write("one cell a step: grey full, blue cache, orange reuse. BlockDance (Zhang et al., CVPR 2025)", 30, 556, "16px", "#52606d");
     write(`measured on ${run.machine || this.scene.machine}`, 30, 586, "16px", "#52606d");
     const blob = await new Promise((resolve) => card.toBlob(resolve, "image/png"));
@@ -1188,24 +1337,30 @@ print(trace.kinds, f"{trace.speedup_ideal:.2f}x fewer block evaluations")
 
   // ------------------------------------------------------------ the tour
 
-  do_tour() { this.showTour(0); }
+  do_tour() {
+    this.tour = TOUR.filter(({at}) => this.$(`[data-part=${at}]`)?.getClientRects().length); // what is hidden is skipped
+    this.showTour(0);
+  }
 
   showTour(index) {
-    const tour = TOUR.filter((one) => this.$(`[data-part=${one.at}]`)), card = this.$(".bd-tour"), step = tour[index];
+    const {tour} = this, card = this.$(".bd-tour"), step = tour[index];
     this.all(".bd-lit").forEach((element) => element.classList.remove("bd-lit"));
     card.hidden = !step;
     this.tourStep = step || null;
-    if (!step) return;
+    if (!step) { this.$("[data-do=tour]").focus({preventScroll: true}); return; }
     const target = this.$(`[data-part=${step.at}]`);
     target.classList.add("bd-lit");
     target.scrollIntoView({block: "center", behavior: calm() ? "auto" : "smooth"});
     this.tourFrom = structuredClone(this.state.config);
     const button = (text, action, properties = {}) => h("button", {type: "button", onclick: action, ...properties}, text);
     card.replaceChildren(
-      h("small", {}, `${index + 1} of ${tour.length}`), h("h3", {}, step.title), h("p", {}, step.text), h("p", {className: "bd-done", role: "status"}),
+      h("small", {}, `${index + 1} of ${tour.length}`), h("h3", {}, step.title), h("p", {}, step.text),
+      h("p", {className: "bd-done", role: "status"}),
       h("div", {className: "bd-buttons"}, ...(step.act ? [button(step.label, () => step.act.call(this))] : []),
         ...(index ? [button("Back", () => this.showTour(index - 1))] : []),
-        button(index + 1 < tour.length ? "Next" : "Finish", () => this.showTour(index + 1), {className: "primary"}), button("Skip", () => this.showTour(-1))));
+        button(index + 1 < tour.length ? "Next" : "Finish", () => this.showTour(index + 1), {className: "primary"}),
+        button("Skip", () => this.showTour(-1))));
+    card.focus({preventScroll: true});
     step.check?.call(this);
   }
 
@@ -1226,7 +1381,7 @@ const TOUR = [
    act() { this.set({config: {cutoff: this.cutoff >= this.blocks - 2 ? 6 : this.blocks - 2}}); },
    check() { if (this.cutoff !== this.tourFrom.cutoff) this.tourDone(`Done: cutoff ${this.cutoff}, ideal ${times(this.ideal)}.`); }},
   {at: "pictures", title: "Break it", label: "Reuse from the first step",
-   text: "Reuse while the structure is still forming, and the picture becomes another one. Early steps differ too much; the paper starts at 40 %.",
+   text: "Reuse while the structure is still forming, and the picture becomes another one. Early outputs are alike, yet a reuse step does not read the current latent, and each later step carries its error on; the paper starts at 40 %.",
    act() { this.set({request: {prompt: "castle cake", seed: 1, steps: 30, guidance: 8}, config: {interval: 4, cutoff: 12, start: 0, end: 1}, edited: null, pinned: null}); },
    check() { const run = this.runOf(this.scene); if (run && this.state.config.start < 0.2) this.tourDone(`LPIPS ${small(run.lpips)} at ${times(run.speedup_ideal)}.`); }},
   {at: "ada", title: "Let Ada decide", label: "Switch it on",
