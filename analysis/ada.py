@@ -1,6 +1,5 @@
 """Whether a schedule for each picture is worth it: BlockDance-Ada beside schedules that look at no picture."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from analysis.compare import read_prompts
 from analysis.experiment import Baseline, Request, Variant, run_baseline, run_variant, warm_up
 from analysis.metrics import PerceptualDistance, difference
 from analysis.pictures import as_jpeg_bytes
-from analysis.records import RESULTS, Record, provenance, read_records
+from analysis.records import RESULTS, Record, append_records, provenance, read_records
 from blockdance import Profile, ReuseConfig, Schedule, StepKind, fixed_schedule
 from blockdance.ada import POLICY_FILE, AdaPolicy
 from blockdance.frontier import Frontier
@@ -83,22 +82,24 @@ def measure(
         All lines of the file.
     """
     lines = read_records(out) if out.exists() else []
-    known = {tuple(line[name] for name in KEY) for line in lines}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    known = {key_of(line) for line in lines}
     requests = [Request(prompt, steps=number) for number in steps for prompt in prompts]
     left = [one for one in requests if ("ada", f"{SAVINGS[-1]:g}", one.prompt, one.steps) not in known]
     rivals, cached = Rivals(policy, profile), {}
     if left:
         warm_up(pipe)
-    with out.open("a") as file:
-        for request in tqdm(left, desc="ada", unit="prompt"):
-            if request.steps not in cached:
-                cached[request.steps] = list(rivals.schedules(request.steps))
-            fresh = list(lines_of(pipe, request, policy, cached[request.steps], distance))
-            file.writelines(json.dumps(line) + "\n" for line in fresh)
-            file.flush()
-            lines += fresh
+    for request in tqdm(left, desc="ada", unit="prompt"):
+        if request.steps not in cached:
+            cached[request.steps] = list(rivals.schedules(request.steps))
+        drawn = lines_of(pipe, request, policy, cached[request.steps], distance)
+        fresh = [line for line in drawn if key_of(line) not in known]  # some are where a write was cut off
+        append_records(out, fresh)
+        lines += fresh
     return lines
+
+
+def key_of(line: Record) -> tuple[Any, ...]:
+    return tuple(line[name] for name in KEY)
 
 
 def lines_of(

@@ -1,6 +1,5 @@
 """One harness for BlockDance and what a user would pick instead: same model, prompts, seeds, sampler and steps."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +17,7 @@ from analysis.memory import peak_bytes
 from analysis.metrics import PerceptualDistance, difference
 from analysis.optional_rivals import check_installed
 from analysis.pictures import Picture
-from analysis.records import RESULTS, BenchError, Record, provenance, read_records
+from analysis.records import RESULTS, BenchError, Record, append_records, provenance, read_records
 from analysis.rivals import METHODS, Method
 from analysis.stopwatch import seconds_of
 
@@ -139,7 +138,6 @@ def compare(
     check_methods(view, requests[0], sorted({name for name, _ in wanted}))
     peaks = {(name, knob): peak_of(view, requests[0], name, knob) for name, knob in wanted}
     todo = [(request, left if turn % 2 else left[::-1]) for turn, (request, left) in enumerate(missing.items())]
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(todo), desc="compare", unit="prompt", disable=not processes.is_main_process) as bar:
         for first in range(0, len(todo), processes.num_processes):
             together = todo[first : first + processes.num_processes]
@@ -147,8 +145,7 @@ def compare(
             fresh = gather_object([line for one in mine for line in compare_one(view, *one, distance, peaks)])
             lines += fresh
             if processes.is_main_process:
-                with out.open("a") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in fresh)
+                append_records(out, fresh)
             bar.update(len(together))
     return lines
 

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -32,18 +33,26 @@ from blockdance.ada import AdaPolicy
 from blockdance.scheduled import depth_of
 from blockdance.storage import rule_named
 
+OWN = "own"
 SAMPLERS: dict[str, Any] = {
     "DDIM": DDIMScheduler,
     "DPM-Solver++": DPMSolverMultistepScheduler,
     "Heun": HeunDiscreteScheduler,
+    OWN: None,
 }
-"""The samplers a request can name, each driven by the model's own noise schedule."""
+"""The samplers a request can name, each driven by the model's own noise schedule; `own` is the pipeline's own scheduler."""
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+"""What a model may predict for the named samplers to fit it."""
 MAX_STEPS = 100
 MAX_SEED = 2**32 - 1
 
 
 class RequestError(BlockDanceError):
     """A request has a value outside its range."""
+
+
+class SamplerError(RequestError):
+    """A request names a sampler that the pipeline's model was not trained for."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Baseline:
     outside_seconds: float
     """Seconds of the call outside the sampling loop: text encoder and decoder."""
     estimates: list[Tensor] = field(default_factory=list)
-    """The clean latent that the sampler expected at every step."""
+    """The clean latent that the sampler expected at every step; empty where the scheduler does not tell."""
 
     @property
     def seconds(self) -> float:
@@ -101,7 +110,7 @@ class Variant:
     trace: Trace
     outside_seconds: float
     estimates: list[Tensor] = field(default_factory=list)
-    """The clean latent that the sampler expected at every step."""
+    """The clean latent that the sampler expected at every step; empty where the scheduler does not tell."""
     storage: str = "latest"
     """What reuse steps started from: a key of `blockdance.storage.RULES`."""
 
@@ -119,9 +128,32 @@ def check_range(name: str, value: Any, low: float, high: float, kinds: type | tu
         raise RequestError(f"{name} must be {number} in [{low}, {high}], got {value!r}")
 
 
+def default_sampler(pipe: Any) -> str:
+    """DDIM, or `own` for a model that only its own scheduler fits: one of flow matching, or without a schedule of betas."""
+    config = getattr(pipe.scheduler, "config", {})
+    flows = type(pipe.scheduler).__name__.startswith("FlowMatch")
+    fits = not flows and "beta_schedule" in config and config.get("prediction_type") in PREDICTIONS
+    return Request.sampler if fits else OWN
+
+
+def check_sampler(pipe: Any, sampler: str) -> None:
+    """Raise SamplerError unless the pipeline's model can be driven by that sampler."""
+    if sampler != OWN and default_sampler(pipe) == OWN:
+        raise SamplerError(
+            f"sampler must be {OWN} for {type(pipe).__name__}, as its model fits no scheduler but "
+            f"{type(pipe.scheduler).__name__} and its like, got {sampler!r}"
+        )
+
+
 def with_sampler(pipe: Any, sampler: str) -> Any:
-    """The same networks in a pipeline with a scheduler of its own, so that nothing of a run is shared."""
-    scheduler = SAMPLERS[sampler].from_config(pipe.scheduler.config)
+    """The same networks in a pipeline with a scheduler of its own, so that nothing of a run is shared.
+
+    Raises:
+        SamplerError: the pipeline's model was not trained for that sampler.
+    """
+    check_sampler(pipe, sampler)
+    own = sampler == OWN
+    scheduler = copy.deepcopy(pipe.scheduler) if own else SAMPLERS[sampler].from_config(pipe.scheduler.config)
     view = copy.copy(pipe)
     view._internal_dict = dict(pipe._internal_dict)
     view.register_modules(scheduler=scheduler)
@@ -159,13 +191,20 @@ def conditioned_on(pipe: Any, prompt: str) -> dict[str, Any]:
 
 def warm_up(pipe: Any, prompt: str = "red apple") -> None:
     """A few untimed steps, so that the first timed run does not pay for set-up that happens once."""
-    sample(with_sampler(pipe, "DDIM"), Request(prompt, steps=MIN_STEPS))
+    sampler = default_sampler(pipe)
+    sample(with_sampler(pipe, sampler), Request(prompt, steps=MIN_STEPS, sampler=sampler))
+
+
+def told_estimates(pipe: Any) -> AbstractContextManager[list[Tensor]]:
+    """`estimates_of`, or a list that stays empty where the scheduler does not tell what it expects."""
+    told = isinstance(pipe.scheduler, tuple(filter(None, SAMPLERS.values())))
+    return estimates_of(pipe) if told else nullcontext([])
 
 
 def run_baseline(pipe: Any, request: Request, on_step: OnStep | None = None) -> Baseline:
     """Sample without reuse and record what the model put out."""
     view = with_sampler(pipe, request.sampler)
-    with record(view, on_step=on_step) as recording, estimates_of(view) as estimates:
+    with record(view, on_step=on_step) as recording, told_estimates(view) as estimates:
         start = time.perf_counter()
         picture = sample(view, request)
         seconds = time.perf_counter() - start
@@ -197,7 +236,7 @@ def run_variant(
     if isinstance(schedule, AdaPolicy):
         storage = schedule.config.storage_name
     session = accelerate(view, schedule, storage=rule_named(storage), replay=replay, on_step=on_step)
-    with session as trace, estimates_of(view) as estimates:
+    with session as trace, told_estimates(view) as estimates:
         start = time.perf_counter()
         picture = sample(view, request)
         seconds = time.perf_counter() - start
@@ -230,7 +269,10 @@ def figures(baseline: Baseline, variant: Variant, distance: PerceptualDistance) 
 
 
 def step_difference(baseline: Baseline, variant: Variant) -> list[float]:
-    """How far the clean estimates are apart at every step: the norm of their difference over the baseline's, >= 0."""
+    """How far the clean estimates are apart at every step: the norm of their difference over the baseline's, >= 0.
+
+    Empty where the scheduler does not tell its estimates.
+    """
     pairs = zip(baseline.estimates, variant.estimates, strict=True)
     return [float(vector_norm(theirs - ours) / vector_norm(ours)) for ours, theirs in pairs]
 

@@ -12,6 +12,7 @@ import torch
 
 from analysis.architectures import ARCHITECTURES, Sampler, sampler_for, with_random_weights
 from analysis.experiment import MAX_STEPS, check_range
+from analysis.memory import peak_bytes
 from analysis.records import RESULTS, BenchError, Record, commit, provenance, read_records, write_records
 from analysis.stopwatch import interleaved, paired_ratios, spread
 from blockdance import MIN_STEPS, Schedule, Trace, accelerate, fixed_schedule
@@ -248,15 +249,6 @@ def without_blocks(model: Any) -> Iterator[None]:
 def idle_class(cls: type) -> type:
     """A block whose call does nothing, also if it is compiled."""
     return type(cls.__name__, (cls,), {"__call__": lambda block, hidden, *_, **__: hidden})
-
-
-def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Device memory held at most during a run, weights included; None on the CPU, which does not tell."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated()
 
 
 def blocks_of(model: Any) -> Any:

@@ -18,6 +18,15 @@ from blockdance import BlockDanceError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "assets" / "results" / "bench.jsonl"
+COMMANDS = {
+    "bench.jsonl": "bench",
+    "full_size.jsonl": "bench --model MODEL",
+    "compare.jsonl": "compare",
+    "ada.jsonl": "ada",
+    "ada_ablation.jsonl": "ada-ablation",
+    "video.jsonl": "video",
+}
+"""Of `python -m analysis`, by the name of the results file that it writes."""
 
 Record = dict[str, Any]
 """Plain JSON values; `bench` says which measurement it is."""
@@ -72,14 +81,16 @@ def commit() -> str | None:
 
 
 def read_records(file: Path) -> list[Record]:
-    """The records of a results file, in order.
+    """The records of a results file, in order, but for a last line that was cut off while it was written.
 
     Raises:
         BenchError: no such file, or a line that is no record.
     """
     if not file.exists():
-        raise BenchError(f"{file} is missing; `python -m analysis bench` writes it")
-    return [_record(line, number, file) for number, line in enumerate(file.read_text().splitlines(), start=1)]
+        command = COMMANDS.get(file.name)
+        raise BenchError(f"{file} is missing" + (f"; `python -m analysis {command}` writes it" if command else ""))
+    *lines, _ = file.read_text().split("\n")
+    return [_record(line, number, file) for number, line in enumerate(lines, start=1)]
 
 
 def _record(line: str, number: int, file: Path) -> Record:
@@ -88,7 +99,7 @@ def _record(line: str, number: int, file: Path) -> Record:
     except json.JSONDecodeError:
         record = None
     if not isinstance(record, dict) or "bench" not in record:
-        raise BenchError(f"line {number} of {file} is not a record; delete the file and run `python -m analysis bench`")
+        raise BenchError(f"line {number} of {file} is not a record; remove that line to use the others")
     return record
 
 
@@ -98,6 +109,18 @@ def write_records(file: Path, records: Sequence[Record]) -> None:
     new = file.with_name(file.name + ".new")
     new.write_text("".join(json.dumps(record) + "\n" for record in records))
     new.replace(file)
+
+
+def append_records(file: Path, records: Sequence[Record]) -> None:
+    """Add lines to a results file; a last line that was cut off while it was written makes way."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(max(0, size - 1))
+        if opened.read(1) not in (b"", b"\n"):
+            opened.seek(0)
+            opened.truncate(opened.read().rfind(b"\n") + 1)
+        opened.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def kept(file: Path, measured: Collection[str]) -> list[Record]:

@@ -1,7 +1,7 @@
 """Curves instead of points: what each method costs and changes, over all prompts, and the README's table of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ GREY = qualitative.D3[7]
 VIVID = [colour for colour in (*qualitative.D3, *qualitative.Vivid[1:]) if colour != GREY]
 COLOURS = dict(zip(METHODS, [GREY, *VIVID], strict=False))
 """By method, grey for fewer steps; they show on light and on dark ground."""
+OTHER_LEVEL = 1.6
+OTHER_METRICS = (
+    f"The settings of the column of {OTHER_LEVEL:g}x by other metrics. *MACs*: the baseline's multiply-accumulates in the "
+    "blocks' linear layers over the method's. *Peak memory*: what tensors of one run take at most, beside the weights."
+)
 OURS = "blockdance"
 """What the names of our methods begin with."""
 
@@ -49,6 +54,12 @@ class Point:
     """Of the mean, 95 %, by resampling prompts."""
     worst: float
     ssim: float
+    ssim_interval: tuple[float, float]
+    ssim_worst: float
+    psnr: float
+    """Mean in dB over the pictures that differ from the baseline at all; infinite if none does."""
+    psnr_interval: tuple[float, float]
+    psnr_worst: float
     peak_bytes: int
     """That tensors of one run take at most."""
 
@@ -64,7 +75,8 @@ def points(lines: Sequence[Record]) -> list[Point]:
 
 
 def point(name: str, knob: str, lines: Sequence[Record]) -> Point:
-    lpips = np.array([line["lpips"] for line in lines])
+    lpips, ssim = (np.array([line[metric] for line in lines]) for metric in ("lpips", "ssim"))
+    psnr = np.array([line["psnr"] for line in lines if line["psnr"] is not None])
     return Point(
         name,
         knob,
@@ -74,7 +86,12 @@ def point(name: str, knob: str, lines: Sequence[Record]) -> Point:
         float(lpips.mean()),
         bootstrap(lpips),
         float(lpips.max()),
-        float(np.mean([line["ssim"] for line in lines])),
+        float(ssim.mean()),
+        bootstrap(ssim),
+        float(ssim.min()),
+        float(psnr.mean()) if len(psnr) else np.inf,
+        bootstrap(psnr) if len(psnr) else (np.inf, np.inf),
+        float(psnr.min(initial=np.inf)),
         max(line["peak_bytes"] for line in lines),
     )
 
@@ -157,10 +174,15 @@ def write_curves(file: Path, lines: Sequence[Record]) -> None:
     for steps, some in by_steps(lines).items():
         found = points(some)
         told["steps"][str(steps)] = {
-            "curves": {name: [asdict(one) for one in found if one.method == name] for name in METHODS},
+            "curves": {name: [on_page(one) for one in found if one.method == name] for name in METHODS},
             "verdicts": [str(one) for one in verdicts(found)],
         }
     file.write_text(json.dumps(told, separators=(",", ":")) + "\n")
+
+
+def on_page(one: Point) -> dict[str, Any]:
+    """What the page shows of a setting; a PSNR may be infinite, which JSON cannot say."""
+    return {name: value for name, value in asdict(one).items() if not name.startswith(("psnr", "ssim_"))}
 
 
 def update_compare(readme: Path, lines: Sequence[Record], results: Path) -> None:
@@ -198,6 +220,7 @@ def render_compare(lines: Sequence[Record], results: str, folded: bool = False) 
     head = ["method (its setting)", *(f"at least {level:g}x" for level in LEVELS)]
     said = "\n".join(f"- {one}" for one in verdicts(found))
     cells = table(head, rows)
+    cells += f"\n\n{OTHER_METRICS}\n\n{other_metrics(best)}"
     if folded:
         cells = f"<details><summary>Every method, {lines[0]['steps']} steps</summary>\n\n{cells}\n\n</details>"
     return f"{caption(lines, results)}\n\n{said}\n\n{cells}"
@@ -209,6 +232,25 @@ def cell(one: Point | None, least: float) -> str:
     low, high = one.interval
     mean = f"**{short(one.lpips)}**" if one.lpips == least else short(one.lpips)
     return f"{mean} ({short(low)} to {short(high)}), worst {short(one.worst)}; {one.knob} at {one.speedup:.2f}x"
+
+
+def other_metrics(best: Mapping[tuple[str, float], Point | None]) -> str:
+    """The same settings by SSIM, PSNR and memory, at one speed."""
+    rows = []
+    for one in (best[name, OTHER_LEVEL] for name in METHODS):
+        if one is not None:
+            ssim, psnr = one.ssim_interval, one.psnr_interval
+            rows.append(
+                [
+                    f"{one.method} ({one.knob})",
+                    f"{one.speedup:.2f}x",
+                    f"{one.ideal:.2f}x",
+                    f"{one.ssim:.5f} ({ssim[0]:.5f} to {ssim[1]:.5f}), worst {one.ssim_worst:.4f}",
+                    f"{one.psnr:.1f} dB ({psnr[0]:.1f} to {psnr[1]:.1f}), worst {one.psnr_worst:.1f}",
+                    f"{one.peak_bytes / 2**20:.1f} MiB",
+                ]
+            )
+    return table(("method (setting)", "measured", "MACs", "SSIM, mean", "PSNR, mean", "peak memory"), rows)
 
 
 def caption(lines: Sequence[Record], results: str) -> str:

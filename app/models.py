@@ -5,7 +5,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.experiment import Request
+from analysis.experiment import Request, default_sampler
 from analysis.metrics import PerceptualDistance
 from app.engine import Engine
 from blockdance import ReuseConfig, UnsupportedModelError
@@ -93,7 +93,8 @@ class Models:
         engine, preset = self.engine(name), PRESETS.get(name)
         if preset is None:
             config = ReuseConfig(cutoff_block=default_cutoff(engine.num_blocks))
-            return Settings(Request(engine.first_prompt), config, engine.num_blocks, engine.known_words())
+            request = Request(engine.first_prompt, sampler=default_sampler(engine.pipe))
+            return Settings(request, config, engine.num_blocks, engine.known_words())
         request = Request(engine.first_prompt, 0, preset.steps, preset.guidance, preset.sampler)
         return Settings(request, preset.config, engine.num_blocks, engine.known_words())
 

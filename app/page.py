@@ -114,11 +114,12 @@ def serve(page: gr.Blocks, **options: Any) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    drawing = [name for name, preset in PRESETS.items() if not preset.checkpoint]
     parser = argparse.ArgumentParser(prog="python app.py", description="Serve BlockDance Explorer; a browser opens.")
     parser.add_argument(
         "--model",
         default=DEMO,
-        help=f"the model to start with: {DEMO}, {', '.join(PRESETS)}, or the folder of a pipeline that draws pictures "
+        help=f"the model to start with: {DEMO}, {', '.join(drawing)}, or the folder of a pipeline that draws pictures "
         "(default: %(default)s, the model in the box)",
     )
     return parser

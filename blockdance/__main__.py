@@ -19,12 +19,15 @@ from tqdm import tqdm
 from analysis.experiment import (
     MAX_SEED,
     MAX_STEPS,
+    OWN,
     SAMPLERS,
     Baseline,
     Request,
     Variant,
+    check_sampler,
     conditioned_on,
     control_figures,
+    default_sampler,
     fewer_steps,
     figures,
     run_baseline,
@@ -52,6 +55,8 @@ from blockdance.storage import RULES, rule_named
 
 REPEATS = 3
 """Interleaved runs of each; the pictures are the same, the seconds are those of the run with the median."""
+KNOBS = ("reuse_interval", "cutoff_block", "window_start", "window_end")
+"""Options of the paper's schedule, which the planner does without."""
 TABLE = """\
 schedule            {schedule}
 blocks evaluated    {block_evaluations} of {baseline_block_evaluations}
@@ -81,13 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help=f"sampling steps, 1 to {MAX_STEPS} (default: 30, or the preset's)")
     parser.add_argument("--seed", type=int, default=0, help=f"seed of the noise, 0 to {MAX_SEED} (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 to 20 (default: 4, or the preset's)")
-    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: DDIM, or the preset's)")
+    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: DDIM, or the preset's, or "
+        f"{OWN} for a folder whose model fits only its own scheduler)")
     defaults = ReuseConfig()
     parser.add_argument(
         "--reuse-interval",
         type=int,
-        default=defaults.reuse_interval,
-        help="the paper's N: one cache step, then N - 1 reuse steps; 1 never reuses (default: %(default)s)",
+        help="the paper's N: one cache step, then N - 1 reuse steps; 1 never reuses "
+        f"(default: {defaults.reuse_interval})",
     )
     parser.add_argument(
         "--cutoff-block",
@@ -108,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target-speedup",
         type=float,
-        help=f"let the planner choose a schedule with this ideal speedup, above 1, instead of the four above ({DEMO} alone)",
+        help=f"let the planner choose a schedule with this ideal speedup, above 1, which leaves out the four above ({DEMO} alone)",
     )
     parser.add_argument(
         "--storage",
@@ -136,24 +142,36 @@ def given(**options: Any) -> dict[str, Any]:
 def settings(args: argparse.Namespace) -> tuple[Request, ReuseConfig]:
     """What the options say, and the preset where they say nothing."""
     preset = PRESETS.get(args.model)
-    request, config = Request(args.prompt, args.seed), replace(config_for(args.model), reuse_interval=args.reuse_interval)
+    request, config = Request(args.prompt, args.seed), config_for(args.model)
     if preset is not None:
         request = replace(request, steps=preset.steps, guidance=preset.guidance, sampler=preset.sampler)
     return (
         replace(request, **given(steps=args.steps, guidance=args.guidance, sampler=args.sampler)),
         replace(
             config,
-            **given(cutoff_block=args.cutoff_block, window_start=args.window_start, window_end=args.window_end),
+            **given(**{name: getattr(args, name) for name in KNOBS}),
         ),
     )
+
+
+def check_planned(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that do not go with the planner's."""
+    if args.model != DEMO:
+        raise ConfigError(f"--target-speedup needs --model {DEMO}, as it alone ships with a profile, got {args.model!r}")
+    beside = [f"--{name.replace('_', '-')}" for name in KNOBS if getattr(args, name) is not None]
+    if beside:
+        raise ConfigError(f"--target-speedup has the planner choose the whole schedule; leave out {', '.join(beside)}")
 
 
 def run(args: argparse.Namespace) -> None:
     request, config = settings(args)
     rule_named(args.storage)
-    if args.target_speedup is not None and args.model != DEMO:
-        raise ConfigError(f"--target-speedup needs --model {DEMO}, as it alone ships with a profile, got {args.model!r}")
+    if args.target_speedup is not None:
+        check_planned(args)
     pipe = load_pipeline(args.model)
+    if args.sampler is None and default_sampler(pipe) == OWN:
+        request = replace(request, sampler=OWN)
+    check_sampler(pipe, request.sampler)
     conditioned_on(pipe, request.prompt)
     schedule = chosen_schedule(args, request, config, depth_of(pipe))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ from typing import Any
 from blockdance.errors import SessionError
 from blockdance.policy import Policy
 from blockdance.replay import Recording
-from blockdance.reuser import PAPER, Plan, Reuser, check_plan
-from blockdance.storage import StorageRule
+from blockdance.reuser import PAPER, Plan, Reuser, check_kind, check_plan
+from blockdance.storage import StorageRule, check_rule
 from blockdance.trace import OnStep, Trace, traced
 
 
@@ -38,14 +38,17 @@ def accelerate(
         The trace of the last run.
 
     Raises:
+        ConfigError: the config or the storage rule is none.
         PolicyError: the policy was trained for another model.
         UnsupportedModelError: no adapter for the transformer, or no scheduler to count steps by.
         ScheduleError: the cutoff does not fit the depth, or the schedule not the number of steps or samples.
         SessionError: the pipeline is accelerated already, or the recording belongs to another model or call.
     """
+    check_kind(config)
     trace = Trace(num_blocks=0)
     if storage is None:
         storage = config.storage if isinstance(config, Policy) else PAPER
+    check_rule(storage)
     reuser = Reuser(config, trace, replay, storage)
     with traced(pipe, reuser, trace, on_step) as session:
         if replay is not None and replay.transformer() is not session.transformer:

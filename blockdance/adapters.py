@@ -57,8 +57,14 @@ STACKS = {
     "WanTransformer3DModel": Stack({"blocks": IMAGE}),
 }
 
+FILLS_CACHES = "its blocks fill kv caches, so all of them must run"
 REFUSED = {
+    "AnyFlowFARTransformer3DModel": FILLS_CACHES,
+    "GlmImageTransformer2DModel": FILLS_CACHES,
     "HunyuanDiT2DModel": "its deep blocks read what shallow ones put out, over long skip connections",
+    "QwenImage21Transformer2DModel": FILLS_CACHES,
+    "SanaWMLTX2RefinerTransformer3DModel": FILLS_CACHES,
+    "WanAnimate2Transformer3DModel": FILLS_CACHES,
 }
 """Classes that reuse would break, and why."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from blockdance.errors import ConfigError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.patch import ACTIVE, applied_class, block_class, check_free, in_a_session, swap_in, swap_out
 from blockdance.reuser import Reuser
-from blockdance.schedule import ReuseConfig, Schedule, check_cutoff, default_cutoff
+from blockdance.schedule import ReuseConfig, Schedule, check_cutoff, default_cutoff, is_integer
 from blockdance.session import Session, same_tensors, tensors_of
 from blockdance.trace import Trace
 
@@ -32,7 +32,7 @@ class BlockDanceConfig(ReuseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_steps is not None and (isinstance(self.num_steps, bool) or self.num_steps < 1):
+        if self.num_steps is not None and (not is_integer(self.num_steps) or self.num_steps < 1):
             raise ConfigError(f"num_steps must be None or an integer of at least 1, got {self.num_steps!r}")
 
     @property

@@ -21,11 +21,16 @@ def rows_of(samples: Sequence[int], num_samples: int, rows: int) -> list[int]:
 
 
 def arguments_for(values: dict[str, Any], chosen: Tensor, rows: int) -> dict[str, Any]:
-    """Arguments of the transformer by name, of which tensors with one row per row of the batch keep the chosen ones."""
+    """Arguments of the transformer by name, of which tensors with one row per row of the batch keep the chosen ones.
+
+    Those inside dictionaries, lists and tuples too, such as the residuals of a ControlNet.
+    """
 
     def part(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {inner: part(inner, one) for inner, one in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(part(name, one) for one in value)
         if isinstance(value, Tensor) and name not in SHARED and value.ndim and len(value) == rows:
             return value[chosen.to(value.device)]
         return value

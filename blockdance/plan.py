@@ -136,6 +136,7 @@ class Planner:
         """
         if not is_number(target) or not 1 < target <= self.fastest:
             nearest = np.floor(100 * self.fastest) / 100
+            self._check_reach(nearest > 1, f"target_speedup, got {target!r}")
             raise ConfigError(
                 f"target_speedup must be above 1 and at most {nearest:.2f} with this model and steps, got {target!r}"
             )
@@ -148,11 +149,18 @@ class Planner:
             ConfigError: a goal that is no number, or below what a single reuse step may do.
         """
         highs = [self.predict(changes)[2] for changes in self.changes]
+        self._check_reach(self.fastest > 1, f"max_lpips, got {goal!r}")
         least = min(float(high[1]) for high in highs if len(high) > 1)
         if not is_number(goal) or not goal >= least:
             nearest = np.format_float_positional(1.005 * least, precision=3, fractional=False)  # rounded, and not down
             raise ConfigError(f"max_lpips must be at least {nearest}, which a single reuse step may cost here, got {goal!r}")
         return self._plan(max(int(np.flatnonzero(high <= goal)[-1]) for high in highs))
+
+    def _check_reach(self, reaches: bool, goal: str) -> None:
+        """Raise ConfigError if there is next to nothing to plan."""
+        if not reaches:
+            steps = self.total // self.profile.num_blocks
+            raise ConfigError(f"nothing can be reused in {steps} steps with this model; take more steps for a {goal}")
 
     def _plan(self, saved: int) -> Plan:
         frontier = min(self.frontiers, key=lambda one: one.changes[saved] if saved < len(one.changes) else np.inf)

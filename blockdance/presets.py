@@ -3,12 +3,13 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download
@@ -81,7 +82,7 @@ def load_pipeline(model: str) -> Any:
         model: a key of `IN_THE_BOX`, which stay in float32 on the CPU, or of `PRESETS`, or a folder.
 
     Raises:
-        UnsupportedModelError: no such name or folder, or the model is neither downloaded nor within reach.
+        UnsupportedModelError: no such name or folder, the model is neither downloaded nor within reach, or it is broken.
     """
     if model in IN_THE_BOX:
         return IN_THE_BOX[model]()
@@ -92,30 +93,61 @@ def load_pipeline(model: str) -> Any:
     dtype = torch.float16 if on_gpu else torch.float32
     preset = PRESETS.get(model)
     if preset is not None and preset.checkpoint:
-        pipe = from_hub(f"{preset.repository}, {T5} or {FRAME_DECODER}", partial(load_open_sora, preset, dtype))
+        pipe = from_hub([preset.repository, T5, FRAME_DECODER], partial(load_open_sora, preset, dtype))
+    elif preset is not None and not Path(preset.repository).is_dir():
+        pipe = from_hub([preset.repository], partial(DiffusionPipeline.from_pretrained, preset.repository, dtype=dtype))
     else:
-        source = preset.repository if preset else model
-        pipe = from_hub(source, partial(pipeline_class(Path(source)).from_pretrained, source, dtype=dtype))
+        pipe = from_folder(Path(preset.repository if preset else model), dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda") if on_gpu else pipe
 
 
-def from_hub(source: str, load: Callable[..., Any]) -> Any:
-    """What `load` gets, which is asked to do without the hub if that does not answer at once.
+def from_hub(sources: Sequence[str], load: Callable[..., Any]) -> Any:
+    """What `load` gets from these repositories, asked to do without the hub if that does not answer at once.
 
     Raises:
-        UnsupportedModelError: it is neither downloaded nor within reach, or cannot be loaded.
+        UnsupportedModelError: one is neither downloaded nor within reach, or it cannot be loaded.
     """
     try:
-        return load(local_files_only=not hub_answers())
+        return loaded(" with ".join(sources), partial(load, local_files_only=not hub_answers()))
     except OSError as error:
+        commands = ", ".join(f"`hf download {source}`" for source in sources)
         raise UnsupportedModelError(
-            f"{source} is not on this machine and the Hugging Face hub cannot be reached or refuses it; run "
-            f"`hf download {source.split(',')[0]}` where it can, or give the folder of a copy"
+            f"{' with '.join(sources)} is not on this machine and the Hugging Face hub cannot be reached or refuses it; run "
+            f"{commands} where it can, or give the folder of a copy"
         ) from error
-    except (ImportError, MemoryError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UnsupportedModelError(f"{source} cannot be loaded: {reason[0][:200]}") from error
+
+
+def from_folder(folder: Path, dtype: torch.dtype) -> Any:
+    """The pipeline that was saved there.
+
+    Raises:
+        UnsupportedModelError: it is incomplete or broken, or of a class that neither diffusers nor this project has.
+    """
+    load = partial(pipeline_class(folder).from_pretrained, folder, dtype=dtype, local_files_only=True)
+    try:
+        return loaded(str(folder), load)
+    except OSError as error:
+        raise UnsupportedModelError(f"the pipeline in {folder} is incomplete or broken: {reason_of(error)}") from error
+
+
+def loaded(source: str, load: Callable[[], Any]) -> Any:
+    """What `load` gets.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        UnsupportedModelError: anything else is wrong with what is loaded.
+    """
+    try:
+        return load()
+    except (AttributeError, ImportError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"{source} cannot be loaded: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or else its kind."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def hub_answers() -> bool:
@@ -132,10 +164,21 @@ def hub_answers() -> bool:
 
 
 def pipeline_class(folder: Path) -> Any:
-    """Of the pipeline in a folder; diffusers knows its own classes only. What is not a folder is left to diffusers."""
+    """Of the pipeline in a folder; diffusers knows its own classes only.
+
+    Raises:
+        UnsupportedModelError: the folder's index names no class, or one that is not known here.
+    """
     index = folder / "model_index.json"
-    ours = index.is_file() and json.loads(index.read_text()).get("_class_name") == OpenSoraPipeline.__name__
-    return OpenSoraPipeline if ours else DiffusionPipeline
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"{index} must be a JSON object with a _class_name, as diffusers writes it") from error
+    if name == OpenSoraPipeline.__name__:
+        return OpenSoraPipeline
+    if not isinstance(getattr(diffusers, str(name), None), type):
+        raise UnsupportedModelError(f"{index} names {name!r}, a class that diffusers {diffusers.__version__} does not have")
+    return DiffusionPipeline
 
 
 def load_open_sora(preset: Preset, dtype: torch.dtype, local_files_only: bool) -> OpenSoraPipeline:

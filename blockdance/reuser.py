@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from torch import Tensor
+
 from blockdance.adapters import Streams, guidance_rows
 from blockdance.batch import sample_of, samples_joined
-from blockdance.errors import ScheduleError
+from blockdance.errors import ConfigError, ScheduleError
 from blockdance.policy import Moment, Policy, undecided
 from blockdance.replay import Recording
 from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
@@ -196,9 +198,20 @@ def moment_of(session: Session, call: ModelCall, sample_rows: int) -> Moment:
     """What a policy sees of a call, which is the first of its step; `sample_rows` are those of the latent that is stepped."""
     named = session.named(call.args, call.kwargs)
     rows = guidance_rows(session.transformer, session.stack, call.branch, named, call.rows, sample_rows)["conditional"]
-    texts = [named.get(name) for name in ("encoder_hidden_states", "encoder_attention_mask")]
-    text, mask = [None if one is None else one[rows] for one in texts]
+    text, mask = [None if one is None else one[rows] for one in words_of(named)]
     return Moment(named[session.latent_name][rows], text, mask, session.num_steps)
+
+
+def words_of(named: dict[str, Any]) -> tuple[Any, Any]:
+    """The text among a transformer's arguments, (b, tokens, d), and its mask, as diffusers or as Open-Sora names them.
+
+    Open-Sora's text is (b, 1, tokens, d), and with guidance its mask has the conditional rows alone, which come first. What
+    else is called `y`, as one vector for all words, is not seen.
+    """
+    y = named.get("y")
+    if isinstance(y, Tensor) and y.is_floating_point() and y.ndim == 4:
+        return y.flatten(1, 2), named.get("mask")
+    return named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
 
 
 def part_of(kept: Kept, sample: int, num_samples: int, rows: int) -> Kept:
@@ -214,6 +227,13 @@ def part_of(kept: Kept, sample: int, num_samples: int, rows: int) -> Kept:
 
 def _position(call: ModelCall) -> float:
     return call.step + call.stage
+
+
+def check_kind(plan: object) -> None:
+    """Raise ConfigError unless it is a plan of some kind."""
+    is_list = isinstance(plan, Sequence) and all(isinstance(one, Schedule) for one in plan)
+    if isinstance(plan, type) or not (is_list or isinstance(plan, (ReuseConfig, Schedule, Policy))):
+        raise ConfigError(f"config must be a ReuseConfig, a Schedule, a list of Schedules or a policy, got {plan!r}")
 
 
 def check_plan(plan: Plan, session: Session) -> None:

@@ -37,9 +37,9 @@ class ReuseConfig:
     """Reuse ends before this fraction of the run's steps, in [window_start, 1]."""
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.reuse_interval) or self.reuse_interval < 1:
+        if not is_integer(self.reuse_interval) or self.reuse_interval < 1:
             raise ConfigError(f"reuse_interval must be an integer of at least 1, got {self.reuse_interval!r}")
-        if self.cutoff_block is not None and (not _is_integer(self.cutoff_block) or self.cutoff_block < 0):
+        if self.cutoff_block is not None and (not is_integer(self.cutoff_block) or self.cutoff_block < 0):
             raise ConfigError(f"cutoff_block must be None or an integer of at least 0, got {self.cutoff_block!r}")
         for name in ("window_start", "window_end"):
             value = getattr(self, name)
@@ -83,7 +83,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.kinds:
             raise ScheduleError("a schedule needs at least one step, got none")
-        if not _is_integer(self.cutoff_block) or self.cutoff_block < 0:
+        if not is_integer(self.cutoff_block) or self.cutoff_block < 0:
             raise ScheduleError(f"cutoff_block must be an integer of at least 0, got {self.cutoff_block!r}")
         reuse = self.first_reuse
         if reuse is not None and StepKind.CACHE not in self.kinds[:reuse]:
@@ -94,7 +94,7 @@ class Schedule:
     def _check_cutoffs(self) -> None:
         if len(self.cutoffs) != len(self.kinds):
             raise ScheduleError(f"cutoffs must hold one block for each of {len(self)} steps, got {len(self.cutoffs)}")
-        strange = [cutoff for cutoff in self.cutoffs if not _is_integer(cutoff) or not 0 <= cutoff <= self.cutoff_block]
+        strange = [cutoff for cutoff in self.cutoffs if not is_integer(cutoff) or not 0 <= cutoff <= self.cutoff_block]
         if strange:
             raise ScheduleError(f"cutoffs must be integers in [0, {self.cutoff_block}], the cutoff_block, got {strange[0]!r}")
 
@@ -240,5 +240,6 @@ def fixed_schedule(config: ReuseConfig, num_steps: int, num_blocks: int) -> Sche
     return Schedule(tuple(kind(step) for step in range(num_steps)), cutoff)
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -86,7 +86,8 @@ def scheduler_of(pipe: Any) -> Any:
     scheduler = getattr(pipe, "scheduler", None)
     if not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
         raise UnsupportedModelError(
-            f"{type(pipe).__name__}'s scheduler ({type(scheduler).__name__}) needs set_timesteps and step to count the steps"
+            f"{type(pipe).__name__}'s scheduler ({type(scheduler).__name__}) needs set_timesteps and step to count the steps; "
+            "use apply_block_dance(pipe.transformer, BlockDanceConfig(num_steps=...)), which counts the transformer's calls"
         )
     return scheduler
 

@@ -16,6 +16,9 @@ from blockdance.patch import block_class, swapped
 from blockdance.schedule import StepKind
 from blockdance.selftest import candidate_stacks, proven_stack
 
+KV_CACHE = "kv_cache"
+"""How arguments begin through which blocks are handed a cache to fill."""
+
 
 @dataclass
 class ModelCall:
@@ -129,6 +132,7 @@ class Session:
 
     def run_model(self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`run(model, *args, **kwargs)`, one call of the transformer, or what a part has in its place."""
+        self._check_call(args, kwargs)
         if self._unproven:
             self.stack = proven_stack(self.transformer, self._unproven, partial(run, model, *args, **kwargs))
             self.blocks, self._unproven = blocks_of(self.transformer, self.stack), []
@@ -142,6 +146,12 @@ class Session:
         for part in self.parts:
             part.end_call(call, output)
         return output
+
+    def _check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before anything runs, raise UnsupportedModelError for a call whose blocks do more than return their streams."""
+        for name, value in self.named(args, kwargs).items():
+            if name.startswith(KV_CACHE) and value is not None:
+                raise UnsupportedModelError(f"blocks that fill a kv cache must all run; call the transformer without {name}")
 
     def _run_blocks(self, run: Callable[..., Any], model: nn.Module, call: ModelCall) -> Any:
         with self._blocks_watched(call):
@@ -193,8 +203,6 @@ class Session:
         return nn.Module._call_impl if self._blocks_swapped and is_compiled else run
 
     def next_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
-        if kwargs.get("kv_cache") is not None:
-            raise UnsupportedModelError("blocks that fill a kv cache must all run; call the transformer without kv_cache")
         step, stage, branch = self.next_place(args, kwargs)
         latent = args[0] if args else kwargs[self.latent_name]
         depth = self.num_blocks - len(kwargs.get("skip_layers") or ())

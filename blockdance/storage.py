@@ -5,7 +5,7 @@ The paper's rule is `Latest`. The others are extensions of ours, with names of t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -33,6 +33,7 @@ class Kept:
         return sum(stream.nbytes for stream in (*self.outputs, *(self.inputs or ())))
 
 
+@runtime_checkable
 class StorageRule(Protocol):
     """How kept outputs become the one that a reuse step starts from."""
 
@@ -116,6 +117,12 @@ class Residual:
 
 RULES: dict[str, StorageRule] = {"latest": Latest(), "extrapolated": Extrapolated()}
 """By the names of the command line and the page; the paper's comes first."""
+
+
+def check_rule(storage: object) -> None:
+    """Raise ConfigError unless it is a storage rule, and no name or class of one."""
+    if isinstance(storage, type) or not isinstance(storage, StorageRule):
+        raise ConfigError(f"storage must be a rule such as Latest() or Extrapolated(), got {storage!r}")
 
 
 def rule_named(name: object) -> StorageRule:

@@ -1,6 +1,7 @@
 """BlockDance-Ada: a policy decides once, for each sample by itself, and training moves it where the reward is."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from blockdance import (
@@ -21,6 +23,7 @@ from blockdance import (
     Schedule,
     ScheduleError,
     SessionError,
+    UnsupportedModelError,
     accelerate,
     load_demo_pipeline,
     load_demo_profile,
@@ -29,14 +32,16 @@ from blockdance import (
 )
 from blockdance.ada import AdaPolicy, load_demo_policy
 from blockdance.ada.imitation import Examples, Losses, Teacher, expected_change, imitate
-from blockdance.ada.policy import new_policy
-from blockdance.ada.quality import quality_named
+from blockdance.ada.policy import fingerprint_of, new_policy
+from blockdance.ada.quality import image_reward, quality_named
 from blockdance.ada.reinforce import BASELINES, Price, Tried, advantages, log_probability, policy_loss, try_some
 from blockdance.ada.rollouts import Environment, Task
+from blockdance.ada.train import main as train_main
 from blockdance.ada.trainer import TrainConfig, Trainer, reuse_share
 from blockdance.policy import Decision, Moment
-from blockdance.storage import Extrapolated, Latest, StorageRule
+from blockdance.storage import Extrapolated, Latest, StorageRule, rule_named
 from tests.tiny import BLOCKS, dit, pixart, run_dit, run_pixart
+from tests.tiny_video import opensora
 
 STEPS = 10
 
@@ -240,6 +245,63 @@ def test_a_policy_of_another_model_is_refused() -> None:
     assert torch.equal(run_pixart(pipe, STEPS), run_pixart(pixart(), STEPS))
 
 
+def reinitialised(pipe: Any) -> Any:
+    torch.manual_seed(9)
+    for parameter in pipe.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return pipe
+
+
+def test_a_policy_of_other_weights_is_refused(tmp_path: Path) -> None:
+    policy_for(pixart()).save(tmp_path / "policy.safetensors")
+    policy = AdaPolicy.load(tmp_path / "policy.safetensors")
+    with pytest.raises(PolicyError, match="trained for a PixArtTransformer2DModel with other weights; train one for these"):
+        drawn(reinitialised(pixart()), policy)
+    older = AdaPolicy(replace(policy.config, fingerprint=None), policy.network)
+    older.check(reinitialised(pixart()).transformer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_policy_knows_its_weights_in_narrow_formats(dtype: torch.dtype) -> None:
+    for pipe in (pixart(), load_demo_pipeline()):
+        known = fingerprint_of(pipe.transformer)
+        assert known is not None and len(known) == 16 and any(known)
+        policy = policy_for(pipe)
+        for parameter in pipe.transformer.parameters():
+            parameter.data = parameter.data.to(dtype)
+        policy.check(pipe.transformer)
+
+
+def test_weights_that_are_elsewhere_are_not_compared_and_adapters_are_overlooked() -> None:
+    pipe, policy = pixart(), policy_for(pixart())
+    pipe.transformer.pos_embed.lora_A = torch.nn.Linear(4, 4)
+    assert fingerprint_of(pipe.transformer) == policy.config.fingerprint
+    policy.check(reinitialised(pixart()).transformer.to("meta"))
+    assert policy_for(pixart()).config.fingerprint is not None
+    assert fingerprint_of(pixart().transformer.to("meta")) is None
+
+
+class Looker(Given):
+    """Keeps what it was shown."""
+
+    def decide(self, moment: Moment) -> list[Decision]:
+        self.moment = moment
+        return super().decide(moment)
+
+
+def test_a_policy_sees_open_soras_text_and_which_tokens_count() -> None:
+    pipe = opensora()
+    looker = Looker(Latest(), [Schedule.parse("fffcrrrrrr", 1)] * 2)
+    prompts = ["a red apple", "blue apple turns a red"]
+    with accelerate(pipe, looker):
+        pipe(prompts, num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(0))
+    text, mask = pipe.encode_prompt(prompts, torch.device("cpu"))
+    assert looker.moment.text is not None and torch.allclose(looker.moment.text, text[:, 0], atol=1e-5)
+    assert looker.moment.text_mask is not None and looker.moment.text_mask.tolist() == mask.tolist() != [[1] * 5] * 2
+    policy = new_policy(pipe.transformer, looker.moment, (1, 2), width=16)
+    assert policy.config.shape.text_width == 16 and len(policy.decide(looker.moment)) == 2
+
+
 def test_a_file_without_a_policy_is_refused(tmp_path: Path) -> None:
     for name in ("missing", "text", "weights"):
         file = tmp_path / name
@@ -365,9 +427,13 @@ def test_the_teachers_order_takes_the_step_with_the_least_expected_change_next()
 CONFIG = TrainConfig(updates=3, scenes=2, rollouts=3, steps=(6,))
 
 
-def trainer(folder: Path, config: TrainConfig = CONFIG, cutoffs: tuple[int, ...] = (6, 12)) -> Trainer:
-    environment = Environment(load_demo_pipeline(), 0.4, policy_for(pixart()).storage, {})
-    return Trainer(environment, quality_named("ssim"), ["pizza", "owl", "crab"], cutoffs, config, folder, Accelerator(cpu=True))
+def trainer(
+    folder: Path, config: TrainConfig = CONFIG, cutoffs: tuple[int, ...] = (6, 12), storage: str = "latest",
+    rho: float = 0.4, pipe: Any = None,
+) -> Trainer:  # fmt: skip
+    environment = Environment(pipe or load_demo_pipeline(), rho, rule_named(storage), {})
+    prompts, accelerator = ["pizza", "owl", "crab"], Accelerator(cpu=True)
+    return Trainer(environment, quality_named("ssim"), prompts, cutoffs, config, folder, accelerator, storage)
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -406,6 +472,95 @@ def test_a_folder_with_another_training_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, cutoffs=(12,))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"storage": "extrapolated"}, "with storage 'latest', got 'extrapolated'"),
+        ({"rho": 0.5}, r"with rho 0\.4, got 0\.5"),
+        ({"config": replace(CONFIG, steps=(7,))}, r"with steps \[6\], got \[7\]"),
+        ({"config": replace(CONFIG, baseline="self-critical")}, "with baseline 'leave-one-out', got 'self-critical'"),
+        ({"config": replace(CONFIG, savings=None, quality_weight=5.0)}, r"with savings \[0\.2, 0\.8\], got None"),
+    ],
+)
+def test_a_training_does_not_go_on_with_other_settings(
+    one_update: Path, change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"holds a training {words}; choose another folder"):
+        trainer(one_update, **change)
+    pipe = load_demo_pipeline()
+    with pytest.raises(PolicyError, match="with other weights"):
+        trainer(one_update, pipe=reinitialised(pipe))
+
+
+@pytest.fixture(scope="module")
+def one_update(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    trainer(folder, replace(CONFIG, updates=1)).run()
+    return folder
+
+
+def test_a_training_that_was_killed_at_any_moment_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    """After update 2 only the policy was written, and its line and half of the next are in the log."""
+    whole = trainer(tmp_path / "whole").run()
+    folder = tmp_path / "killed"
+    trainer(folder, replace(CONFIG, updates=1)).run()
+    state = (folder / "state.pt").read_bytes()
+    trainer(folder, replace(CONFIG, updates=2)).run()
+    (folder / "state.pt").write_bytes(state)
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"update": 3, "roll')
+    again = trainer(folder)
+    assert again.update == 1
+    again.run()
+    assert logged(folder) == logged(tmp_path / "whole")
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, again.policy.network.state_dict()[name])
+
+
+def test_a_state_from_before_it_held_the_weights_goes_on_with_those_of_the_policy(one_update: Path, tmp_path: Path) -> None:
+    for name in ("policy.safetensors", "log.jsonl"):
+        (tmp_path / name).write_bytes((one_update / name).read_bytes())
+    state = torch.load(one_update / "state.pt", weights_only=True)
+    del state["network"]
+    torch.save(state, tmp_path / "state.pt")
+    kept = AdaPolicy.load(tmp_path / "policy.safetensors").network.state_dict()
+    assert all(torch.equal(weight, kept[name]) for name, weight in trainer(tmp_path).policy.network.state_dict().items())
+
+
+def test_all_processes_stop_and_keep_when_the_time_of_one_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = trainer(tmp_path)
+
+    def with_another_that_is_late(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values, torch.ones_like(values)]) if values.shape == (1,) else values
+
+    monkeypatch.setattr(one, "_gathered", with_another_that_is_late)
+    one.run()
+    assert one.update == 1 and trainer(tmp_path).update == 1
+
+
+def test_what_processes_share_is_on_their_devices_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nccl takes no tensors of the CPU; here the tensors of the accelerator are double ones."""
+    one, to = trainer(tmp_path, replace(CONFIG, updates=1)), torch.Tensor.to
+    seen: list[torch.Tensor] = []
+
+    class Elsewhere(torch.Tensor):
+        pass
+
+    def moved(tensor: torch.Tensor, *where: Any, **more: Any) -> torch.Tensor:
+        found = to(tensor, *where, **more)
+        return found.as_subclass(Elsewhere) if where == (one.accelerator.device,) else found
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tensor)
+        return tensor.as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    monkeypatch.setattr(one.accelerator, "gather", gathered)
+    monkeypatch.setattr(one.accelerator, "reduce", gathered)
+    one.run()
+    assert len(seen) == 4 and all(isinstance(tensor, Elsewhere) for tensor in seen)
+
+
 def test_a_rollout_is_what_the_pipeline_draws_with_that_schedule() -> None:
     pipe = load_demo_pipeline()
     environment, task = Environment(pipe, 0.4, policy_for(pixart()).storage, {}), Task("pizza", 7, 8)
@@ -426,6 +581,12 @@ def test_a_rollout_is_what_the_pipeline_draws_with_that_schedule() -> None:
         ({"rollouts": 1}, "leave-one-out needs at least 2 rollouts, got 1"),
         ({"savings": None}, "quality_weight must be given"),
         ({"savings": (0.9, 0.2)}, "two ascending shares"),
+        ({"steps": (30, 2)}, r"steps must each be at least 4, got \(30, 2\)"),
+        ({"steps": ()}, r"steps must each be at least 4, got \(\)"),
+        ({"learning_rate": -1.0}, r"learning_rate must be a number above 0, got -1\.0"),
+        ({"quality_weight": 0.0}, r"quality_weight must be a number above 0, got 0\.0"),
+        ({"entropy_weight": float("nan")}, "entropy_weight must be a number of at least 0, got nan"),
+        ({"seed": -1}, r"seed must be in \[0, 2147483647\], got -1"),
     ],
 )
 def test_a_training_setting_outside_its_range_is_named(change: dict[str, Any], words: str) -> None:
@@ -441,6 +602,42 @@ def test_a_quality_that_needs_other_weights_says_so(monkeypatch: pytest.MonkeyPa
         quality_named("image-reward")
 
 
+def test_image_reward_is_loaded_from_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name which loads what the real one would, and asks the hub for it."""
+    (tmp_path / "ImageReward").mkdir()
+    text = "from huggingface_hub import constants\ndef load(name): raise OSError(f'offline: {constants.HF_HUB_OFFLINE}')\n"
+    (tmp_path / "ImageReward" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    folder = tmp_path / ".cache" / "ImageReward"
+    folder.mkdir(parents=True)
+    for file in ("ImageReward.pt", "med_config.json"):
+        with pytest.raises(ConfigError, match=f"needs {file} of THUDM/ImageReward in {folder}, which has none"):
+            image_reward()
+        (folder / file).touch()
+    with pytest.raises(ConfigError, match="cannot be loaded from this machine alone: offline: True"):
+        image_reward()
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize(("build", "reason"), [(dit, "takes no prompt"), (opensora, "takes no num_images_per_prompt")])
+def test_a_pipeline_that_draws_no_pictures_of_texts_is_refused(build: Any, reason: str) -> None:
+    pipe = build()
+    with pytest.raises(UnsupportedModelError, match=f"a text-to-image pipeline; {type(pipe).__name__} {reason}"):
+        Environment(pipe, 0.4, Latest(), {})
+
+
+def test_a_pipeline_of_videos_is_refused_whatever_it_calls_them() -> None:
+    class Videos:
+        def __call__(self, prompt: str, num_images_per_prompt: int, video_length: int) -> None: ...
+
+    with pytest.raises(UnsupportedModelError, match="Videos draws videos"):
+        Environment(Videos(), 0.4, Latest(), {})
+    with pytest.raises(UnsupportedModelError, match="DemoPipeline takes no warmth"):
+        Environment(load_demo_pipeline(), 0.4, Latest(), {"warmth": 1})
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("ada")
@@ -448,7 +645,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
-def train(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     arguments = [
         "--prompts",
         str(folder / "prompts.txt"),
@@ -461,8 +658,10 @@ def train(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
         "--quality",
         "ssim",
     ]
-    command = [sys.executable, "-m", "blockdance.ada.train", "--out", str(folder / "out"), *arguments, *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = ["-m", "blockdance.ada.train", "--out", str(folder / "out"), *arguments, *more]
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    alone = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if processes > 1 else {})
+    return subprocess.run([sys.executable, *launched, *command], env=alone, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_trains_goes_on_and_draws_its_curves(command: Path) -> None:
@@ -476,11 +675,45 @@ def test_the_command_trains_goes_on_and_draws_its_curves(command: Path) -> None:
     assert AdaPolicy.load(command / "out" / "policy.safetensors").cutoffs == (9,)
 
 
+def test_two_processes_share_an_update_and_agree_on_what_came_of_it(command: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("pizza\nowl\n")
+    done = train(tmp_path, "--updates", "2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert [(line["update"], line["rollouts"]) for line in logged(tmp_path / "out")] == [(1, 4), (2, 8)]
+    policy = AdaPolicy.load(tmp_path / "out" / "policy.safetensors")
+    assert policy.config.training["processes"] == 2
+
+
 def test_the_command_refuses_with_a_sentence(command: Path) -> None:
-    for more, words in ((["--cutoffs", "13"], "cutoff_block must be in [0, 12]"), (["--rollouts", "1"], "at least 2 rollouts")):
-        refused = train(command, *more)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert words in refused.stderr and "Traceback" not in refused.stderr
+    refused = train(command, "--cutoffs", "13")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "cutoff_block must be in [0, 12]" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--rollouts", "1"], "at least 2 rollouts"),
+        (["--cutoffs", "-1", "12"], "cutoff_block must be in [0, 12]"),
+        (["--rho", "1.0"], "rho must be in (0, 1), got 1.0"),
+        (["--rho", "0.01"], "rho must make the first decided step one of [1, 29] in a run of 30, got 0.01, which makes it 0"),
+        (["--steps", "0"], "steps must each be at least 4, got (0,)"),
+        (["--learning-rate", "-1"], "learning_rate must be a number above 0, got -1.0"),
+        (["--entropy-weight", "nan"], "entropy_weight must be a number of at least 0, got nan"),
+        (["--minutes", "-1"], "minutes must be a number of at least 0, got -1.0"),
+        (["--guidance", "-5"], "guidance must be a number of at least 0, got -5.0"),
+        (["--model", "demo-video"], "DemoVideoPipeline takes no num_images_per_prompt"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train_main(["--out", str(tmp_path / "out"), "--quality", "ssim", *more])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- what ships

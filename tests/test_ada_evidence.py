@@ -10,7 +10,7 @@ from analysis.ada import HELD_OUT, SAVINGS, Rivals, held_out, measure, shuffled
 from analysis.compare import read_prompts
 from analysis.experiment import with_sampler
 from analysis.metrics import shift_tolerant_lpips
-from analysis.records import BenchError, Record
+from analysis.records import BenchError, Record, append_records, read_records
 from analysis.tables_ada import BEGIN, END, ada_figure, correlations, curves, gain, render_ada, update_ada
 from blockdance import Schedule, load_demo_pipeline, load_demo_profile
 from blockdance.ada import POLICY_FILE, load_demo_policy
@@ -58,12 +58,50 @@ def test_a_measurement_has_a_line_for_each_and_goes_on_where_it_was(tmp_path: Pa
     assert by_method["fewer-steps", "18 of 30"]["speedup_ideal"] == pytest.approx(10 / 6)
 
 
+def test_a_measurement_that_was_killed_inside_a_write_has_each_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, out = load_demo_pipeline(), tmp_path / "ada.jsonl"
+    settings = [("fixed", "N=2"), ("fewer-steps", "25 of 30"), *(("ada", f"{saving:g}") for saving in SAVINGS)]
+    drawn = [{"bench": "ada", "method": method, "knob": knob, "prompt": "owl", "steps": 10} for method, knob in settings]
+    monkeypatch.setattr("analysis.ada.lines_of", lambda *_: iter(drawn))
+    monkeypatch.setattr("analysis.ada.warm_up", lambda _: None)
+    arguments = (pipe, load_demo_policy(), load_demo_profile(), ["owl"], [10], shift_tolerant_lpips(), out)
+    assert measure(*arguments) == drawn
+    text = out.read_text()
+    for cut in (text.index("\n") + 1, len(text) // 2, len(text) - 1):
+        out.write_text(text[:cut])
+        assert measure(*arguments) == drawn and out.read_text() == text
+
+
+def test_a_last_line_that_was_cut_off_is_passed_over_and_makes_way(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "compare.jsonl"
+    with pytest.raises(BenchError, match=r"compare.jsonl is missing; `python -m analysis compare` writes it"):
+        read_records(file)
+    with pytest.raises(BenchError, match=r"results.jsonl is missing$"):
+        read_records(tmp_path / "results.jsonl")
+    records: list[Record] = [{"bench": "compare", "knob": str(knob)} for knob in range(3)]
+    append_records(file, records[:2])
+    whole = file.read_text()
+    for cut_off in ("", '{"bench": "comp', '{"bench": "compare", "knob": "9"}'):
+        file.write_text(whole + cut_off)
+        assert read_records(file) == records[:2]
+        append_records(file, records[2:])
+        assert read_records(file) == records
+    file.write_text('{"bench"')
+    append_records(file, records)
+    assert read_records(file) == records
+    file.write_text(whole + "{\n")
+    with pytest.raises(BenchError, match=r"line 3 of .*compare.jsonl is not a record; remove that line to use the others$"):
+        read_records(file)
+
+
 def line(method: str, knob: str, prompt: str, lpips: float, seconds: float, schedule: str = "ffcr") -> Record:
     return {
-        "method": method, "knob": knob, "prompt": prompt, "steps": 4, "lpips": lpips, "ssim": 1.0, "seconds": seconds,
-        "baseline_seconds": 2.0, "speedup_ideal": 2.0 / seconds, "sampler": "DDIM", "guidance": 4.0, "lpips_name": "LPIPS",
-        "machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 1}, "schedule": schedule, "reused": schedule.count("r"),
-        "decided": 2, "jpeg_bytes": 1000 + 100 * len(prompt),
+        "method": method, "knob": knob, "prompt": prompt, "steps": 4, "lpips": lpips, "ssim": 1.0, "psnr": 40.0,
+        "seconds": seconds, "baseline_seconds": 2.0, "speedup_ideal": 2.0 / seconds, "sampler": "DDIM", "guidance": 4.0,
+        "lpips_name": "LPIPS", "machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 1}, "schedule": schedule,
+        "reused": schedule.count("r"), "decided": 2, "jpeg_bytes": 1000 + 100 * len(prompt),
     }  # fmt: skip
 
 

@@ -263,6 +263,12 @@ def test_four_threads_on_one_model_each_have_their_own_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize("num_steps", [0, 2.5, "6", True])
+def test_a_number_of_steps_that_is_none_is_refused(num_steps: Any) -> None:
+    with pytest.raises(ConfigError, match=f"num_steps must be None or an integer of at least 1, got {num_steps!r}"):
+        BlockDanceConfig(num_steps=num_steps)
+
+
 def test_an_unknown_model_passes_the_self_test_or_is_refused() -> None:
     good, bad = toy(Plain), toy(LongSkip)
     apply_block_dance(good.transformer, ENDLESS)
@@ -281,8 +287,6 @@ def test_what_cannot_be_applied_is_refused_in_a_sentence(flux: Loop) -> None:
         apply_block_dance(flux.transformer, Schedule.parse("cr", 1))  # type: ignore[arg-type]
     with pytest.raises(ScheduleError, match=r"cutoff_block must be in \[0, 3\] for 5 blocks, got 4"):
         apply_block_dance(flux.transformer, BlockDanceConfig(2, 4))
-    with pytest.raises(ConfigError, match="num_steps must be None or an integer of at least 1, got 0"):
-        BlockDanceConfig(num_steps=0)
     with observe(flux), pytest.raises(SessionError, match="accelerated or observed just now"):
         apply_block_dance(flux.transformer, ENDLESS)
     apply_block_dance(flux.transformer, ENDLESS)

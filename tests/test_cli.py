@@ -158,11 +158,23 @@ def test_the_planner_may_choose_the_schedule(
         (["apple", "--seed", "-1"], "seed must be an integer in [0, 4294967295], got -1"),
         (["apple", "--guidance", "0.5"], "guidance must be a number in [1, 20], got 0.5"),
         (["apple", "--guidance", "nan"], "guidance must be a number in [1, 20], got nan"),
-        (["apple", "--sampler", "Euler"], "sampler must be one of DDIM, DPM-Solver++, Heun, got 'Euler'"),
+        (["apple", "--sampler", "Euler"], "sampler must be one of DDIM, DPM-Solver++, Heun, own, got 'Euler'"),
         (["apple", "--storage", "psychic"], "storage must be one of latest, extrapolated, got 'psychic'"),
         (
             ["apple", "--target-speedup", "nan"],
             f"target_speedup must be above 1 and at most {fastest():.2f} with this model and steps, got nan",
+        ),
+        (
+            ["apple", "--target-speedup", "1.3", "--steps", "4"],
+            "nothing can be reused in 4 steps with this model; take more steps for a target_speedup, got 1.3",
+        ),
+        (
+            ["apple", "--target-speedup", "1.3", "--reuse-interval", "2", "--window-end", "0.9"],
+            "--target-speedup has the planner choose the whole schedule; leave out --reuse-interval, --window-end",
+        ),
+        (
+            ["apple", "--target-speedup", "1.3", "--cutoff-block", "9"],
+            "--target-speedup has the planner choose the whole schedule; leave out --cutoff-block",
         ),
         (["apple", "--target-speedup", "2", "--steps", "3"], "steps must be at least 4 to reuse anything, got 3"),
         (

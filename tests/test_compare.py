@@ -207,8 +207,9 @@ def test_the_prompts_are_64_that_the_model_knows(pipe: DemoPipeline) -> None:
 def line(method: str, knob: str, prompt: str, lpips: float, seconds: float) -> Record:
     return {
         "bench": "compare", "method": method, "knob": knob, "prompt": prompt, "seed": 0, "steps": 30, "sampler": "DDIM",
-        "guidance": 4.0, "lpips": lpips, "lpips_name": "LPIPS", "ssim": 1.0, "seconds": seconds, "baseline_seconds": 2.0,
-        "speedup_ideal": 2.0, "peak_bytes": 100, "machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 2},
+        "guidance": 4.0, "lpips": lpips, "lpips_name": "LPIPS", "ssim": 1.0, "psnr": 40.0, "seconds": seconds,
+        "baseline_seconds": 2.0, "speedup_ideal": 2.0, "peak_bytes": 100,
+        "machine": {"cpu": "a CPU", "cores": 2, "torch_threads": 2},
     }  # fmt: skip
 
 
@@ -250,7 +251,7 @@ def test_the_best_at_a_speed_is_the_least_change_among_those_that_are_fast_enoug
 
 
 def test_the_table_says_who_wins_at_each_speed_also_where_it_is_a_rival() -> None:
-    _, said, grid = render_compare(LINES, "compare.jsonl").split("\n\n")
+    _, said, grid, others, metrics = render_compare(LINES, "compare.jsonl").split("\n\n")
     assert said.startswith("- 1.25x: blockdance (0.004") and said.count("\n- ") == 3
     head, _, *rows = grid.splitlines()
     cells = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in rows}
@@ -259,6 +260,9 @@ def test_the_table_says_who_wins_at_each_speed_also_where_it_is_a_rival() -> Non
     assert ours[0].startswith("**0.004**") and "worst 0.006; 2,9,0.4 at 1.33x" in ours[0]
     assert fewer[1].startswith("**0.01**") and ours[1].startswith("0.015")
     assert ours[3].startswith("not reached") and fewer[3].startswith("**0.03**")
+    assert "column of 1.6x" in others and "40.0 dB (40.0 to 40.0), worst 40.0" in metrics and metrics.count("\n") == 3
+    same = [one | {"psnr": None} for one in LINES]
+    assert "inf dB" in render_compare(same, "compare.jsonl"), "no picture differs, so none has a finite PSNR"
 
 
 def test_the_verdict_names_who_leads_and_says_so_where_a_rival_wins() -> None:

@@ -15,6 +15,8 @@ from diffusers import (
 )
 
 from blockdance import (
+    ConfigError,
+    Extrapolated,
     ReuseConfig,
     Schedule,
     ScheduleError,
@@ -406,6 +408,18 @@ def test_a_cutoff_too_deep_for_the_model_is_refused_at_once(case: Case, plan: Re
     assert class_names(pipe) == before
 
 
+@pytest.mark.parametrize("plan", [None, "x", 5, [1, 2], [ReuseConfig()], ReuseConfig], ids=str)
+def test_what_is_no_plan_is_refused_at_once(plan: Any) -> None:
+    with pytest.raises(ConfigError, match="config must be a ReuseConfig, a Schedule, a list of Schedules or a policy, got"):
+        accelerate(pixart(), plan).__enter__()
+
+
+@pytest.mark.parametrize("storage", ["extrapolated", 2, Extrapolated], ids=str)
+def test_what_is_no_storage_rule_is_refused_at_once(storage: Any) -> None:
+    with pytest.raises(ConfigError, match=r"storage must be a rule such as Latest\(\) or Extrapolated\(\), got"):
+        accelerate(pixart(), ReuseConfig(), storage=storage).__enter__()
+
+
 def test_a_call_outside_a_run_is_refused(case: Case) -> None:
     pipe = case.build()
     with accelerate(pipe, REUSING), torch.no_grad():
@@ -431,7 +445,7 @@ class _Pipe:
         (_Pipe(unet=_Other(), scheduler=object()), "DeepCache"),
         (_Pipe(), "no transformer"),
         (_Pipe(transformer=_Other()), "_Other has no list of blocks"),
-        (_Pipe(transformer=pixart().transformer, scheduler=object()), "needs set_timesteps and step"),
+        (_Pipe(transformer=pixart().transformer, scheduler=object()), "needs set_timesteps and step.*use apply_block_dance"),
     ],
 )
 def test_what_cannot_be_accelerated_is_refused_with_the_reason(pipe: Any, words: str) -> None:

@@ -286,6 +286,47 @@ def test_wrong_values_in_the_address_are_clamped_with_a_notice(server: Server, b
     page.close()
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("prompt=", "prompt is empty; “red apple” is used"),
+        ("prompt=" + "a" * 301, "prompt has 301 letters; the first 300 are used"),
+        ("model=nonsense", "model=nonsense is not one of demo, "),
+    ],
+)
+def test_a_prompt_or_a_model_that_cannot_be_used_is_told(server: Server, browser: Browser, given: str, told: str) -> None:
+    page = opened(browser, f"{server.url}?{given}")
+    expect(page.locator(".bd-notices")).to_contain_text(told)
+    page.close()
+
+
+def test_the_address_loads_its_model_before_the_rest_is_read(server: Server, browser: Browser) -> None:
+    """Its settings are of that model, and those of the model's own stay behind them."""
+    page = browser.new_page(reduced_motion="reduce")
+    page.goto(f"{server.url}?model=dit-xl-2-256&prompt=rocket&n=3")
+    expect(page.locator(".toast-body")).to_contain_text("facebook/DiT-XL-2-256 is not on this machine", timeout=PATIENCE_MS)
+    expect(page.locator(".bd-status")).to_contain_text("“rocket”")  # by the model that stays
+    expect(page.locator(".bd-sliders [name=interval]")).to_have_value("3")
+    mounted = page.evaluate(
+        """async () => {
+            const orders = [], root = document.createElement("div");
+            history.replaceState(null, "", "?model=other&i=20&prompt=tabby&steps=40");
+            const live = (what, order) => orders.push([what, order.model, order.request?.steps]);
+            const settings = {models: ["demo", "other"], samplers: ["DDIM"]};
+            const explorer = BlockDance.mount(root, {atlas: "atlas/", settings, live});
+            while (!orders.length) await new Promise((resolve) => setTimeout(resolve, 20));
+            explorer.receive({key: "choose", phase: "done", chosen: {model: "other", num_blocks: 28,
+                request: {prompt: "dog", seed: 0, steps: 50, guidance: 4, sampler: "DDIM"},
+                config: {interval: 2, cutoff: 20, start: 0.4, end: 0.95}}});
+            while (orders.length < 2) await new Promise((resolve) => setTimeout(resolve, 20));
+            return {orders, cutoff: explorer.cutoff, prompt: explorer.state.request.prompt, url: explorer.settingsUrl()};
+        }"""
+    )
+    assert mounted["orders"] == [["choose", "other", 30], ["run", "other", 40]]
+    assert mounted["cutoff"] == 20 and mounted["prompt"] == "tabby" and "model=other" in mounted["url"]
+    page.close()
+
+
 def test_markup_in_a_prompt_or_an_address_stays_text(server: Server, browser: Browser) -> None:
     page = opened(browser, server.url)
     page.locator("#bd-prompt").fill(MARKUP)
@@ -340,6 +381,59 @@ def test_the_tour_can_be_taken_from_start_to_end(page: Page, calls: Calls) -> No
     assert calls.total == asked
 
 
+def test_the_tour_is_taken_by_keys_and_skips_what_is_hidden(server: Server, browser: Browser) -> None:
+    page = opened(browser, f"{server.url}?hide=map,ada")
+    page.get_by_role("button", name="Take the tour").focus()
+    page.keyboard.press("Enter")
+    tour = page.get_by_role("dialog", name="Tour")
+    expect(tour).to_be_focused()
+    for title in ("1 of 4", "Watch structure appear", "Break it", "Your turn"):
+        expect(tour).to_contain_text(title)
+        next_step = tour.get_by_role("button", name="Next")
+        if next_step.count():
+            next_step.focus()
+            page.keyboard.press("Enter")
+            expect(tour).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(tour).to_be_hidden()
+    expect(page.get_by_role("button", name="Take the tour")).to_be_focused()
+    page.close()
+
+
+def test_the_controls_and_the_status_stay_in_sight(page: Page) -> None:
+    wait_for_picture(page)
+    page.locator("[data-part=tradeoff]").scroll_into_view_if_needed()
+    for place in (".bd-sliders", ".bd-status"):
+        expect(page.locator(place)).to_be_in_viewport()
+
+
+def test_a_site_without_python_may_hide_what_only_the_app_has(page: Page) -> None:
+    told = page.evaluate(
+        """() => {
+            history.replaceState(null, "", "?hide=planner,ada,nonsense");
+            const root = document.createElement("div");
+            BlockDance.mount(root, {atlas: "atlas/"});
+            return root.querySelector(".bd-notices").textContent;
+        }"""
+    )
+    assert "hide=nonsense is not one of" in told and "hide=planner" not in told and "hide=ada" not in told
+
+
+def test_a_decision_not_to_reuse_leaves_the_cutoff_where_it_was(page: Page) -> None:
+    told = page.evaluate(
+        """() => {
+            const explorer = BlockDance.mount(document.createElement("div"), {atlas: "atlas/", settings: {}});
+            explorer.set({ada: true, edited: null});
+            const decision = {saving: 0.5, schedule: "f".repeat(30), cutoff_block: 0, storage: "latest"};
+            explorer.useDecisions(explorer.sceneKey(), [{...decision, first: 12, probabilities: Array(18).fill(0.9)}]);
+            const decided = Boolean(explorer.decision);
+            explorer.set({edited: null});
+            return [decided, explorer.cutoff];
+        }"""
+    )
+    assert told == [True, 9]
+
+
 @pytest.mark.parametrize(
     "context", [{"viewport": {"width": 390, "height": 844}}, {"color_scheme": "dark"}], ids=["narrow", "dark"]
 )
@@ -349,6 +443,7 @@ def test_nothing_is_cut_off_on_a_phone_and_text_can_be_read_in_the_dark(
     page = opened(browser, server.url, **context)
     wait_for_picture(page)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator(".bd-numbers").evaluate("numbers => numbers.scrollWidth <= numbers.clientWidth")
     ink, paper = page.evaluate(
         """() => { const style = getComputedStyle(document.querySelector('.bd-numbers'));
         const sum = (colour) => colour.match(/\\d+/g).slice(0, 3).reduce((total, part) => total + Number(part), 0);
@@ -379,16 +474,46 @@ def test_what_is_taken_away_holds_the_setting(page: Page, tmp_path: Path) -> Non
     assert animation.n_frames == 30 and animation.width == 2 * animation.height  # type: ignore[attr-defined]
 
 
+RECORD_LABELS = """() => {
+    const write = CanvasRenderingContext2D.prototype.fillText;
+    window.labels = [];
+    CanvasRenderingContext2D.prototype.fillText = function (text, x, y, most) {
+        if (this.canvas.width === 1200) labels.push({text, x, y, end: x + this.measureText(text).width});
+        write.call(this, text, x, y, most);
+    };
+}"""
+
+
+@pytest.mark.parametrize("context", [{"viewport": {"width": 390, "height": 844}}, {}], ids=["narrow", "wide"])
+def test_no_label_of_the_card_leaves_its_column(server: Server, browser: Browser, context: dict[str, Any]) -> None:
+    page = opened(browser, server.url, **context)
+    wait_for_picture(page)
+    page.evaluate(RECORD_LABELS)
+    with page.expect_download():
+        page.get_by_role("button", name="Comparison card").click()
+    labels = page.evaluate("labels")
+    columns = [label for label in labels if 360 < label["y"] < 420]
+    assert len(columns) == 6 and any("measured" in label["text"] for label in columns)
+    assert all(label["end"] <= label["x"] + 250 for label in columns)
+    assert all(label["end"] <= 1170 for label in labels)
+    page.close()
+
+
 def test_measuring_properly_brings_medians_of_interleaved_rounds(page: Page) -> None:
     wait_for_picture(page)
     page.get_by_role("button", name="Measure properly").click()
     expect(page.locator(".bd-numbers")).to_contain_text("medians of 5 interleaved rounds, quartiles")
 
 
-def test_the_python_to_copy_draws_what_the_page_shows(server: Server, browser: Browser) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "steps", "schedule"), [("DDIM", 8, "ffcrrcrf"), ("Heun", 6, "ffcrcf"), ("DPM-Solver++", 8, "ffcrrcrf")]
+)
+def test_the_python_to_copy_draws_what_the_page_shows(
+    server: Server, browser: Browser, sampler: str, steps: int, schedule: str
+) -> None:
     page = opened(
         browser,
-        f"{server.url}?prompt=tulip&steps=8&i=7&s=ffcrrcrf&storage=extrapolated",
+        f"{server.url}?prompt=tulip&steps={steps}&i=7&s={schedule}&storage=extrapolated&sampler={sampler.replace('+', '%2B')}",
         permissions=["clipboard-read", "clipboard-write"],
     )
     wait_for_live(page)
@@ -396,13 +521,25 @@ def test_the_python_to_copy_draws_what_the_page_shows(server: Server, browser: B
     expect(page.locator(".bd-notices")).to_contain_text("Python copied.")
     names: dict[str, Any] = {}
     exec(page.evaluate("navigator.clipboard.readText()"), names)
-    assert names["trace"].kinds == "ffcrrcrf" and names["trace"].schedule.cutoff_block == 7
+    assert names["trace"].kinds == schedule and names["trace"].schedule.cutoff_block == 7
     drawn = np.asarray(names["image"].convert("RGBA"))
     assert np.array_equal(np.asarray(pixels(page, "variant"), dtype=np.uint8).reshape(64, 64, 4), drawn)
     page.get_by_role("button", name="Copy link").click()
     expect(page.locator(".bd-notices")).to_contain_text("Link copied.")
-    assert "s=ffcrrcrf" in page.evaluate("navigator.clipboard.readText()")
+    assert f"s={schedule}" in page.evaluate("navigator.clipboard.readText()")
     page.close()
+
+
+def test_the_python_to_copy_loads_the_model_that_is_shown(page: Page) -> None:
+    request = {"prompt": "tabby", "seed": 0, "steps": 50, "guidance": 4, "sampler": "DDIM"}
+    told = page.evaluate(
+        """defaults => BlockDance.mount(document.createElement("div"), {atlas: "atlas/", settings: {defaults}}).python()""",
+        {"model": "dit-xl-2-256", "request": request, "config": PAPER},
+    )
+    assert (
+        'load_pipeline("dit-xl-2-256")' in told and "DDIMScheduler.from_config" in told and 'get_label_ids(["tabby"])' in told
+    )
+    compile(told, "copied", "exec")
 
 
 def test_a_second_run_sees_its_place_in_the_queue_and_the_atlas_does_not_wait(

@@ -183,6 +183,14 @@ def test_one_cutoff_is_one_cutoff() -> None:
         (lambda: plan_for(target_speedup=1.0), "target_speedup must be above 1 and at most .* got 1.0"),
         (lambda: plan_for(target_speedup=50), r"target_speedup must be above 1 and at most \d\.\d\d with this model"),
         (lambda: plan_for(target_speedup="fast"), "got 'fast'"),  # type: ignore[arg-type]
+        (
+            lambda: blockdance.plan(target_speedup=1.3, profile=load_demo_profile(), steps=4),
+            "nothing can be reused in 4 steps with this model; take more steps for a target_speedup, got 1.3",
+        ),
+        (
+            lambda: blockdance.plan(max_lpips=0.1, profile=load_demo_profile(), steps=4),
+            "nothing can be reused in 4 steps with this model; take more steps for a max_lpips, got 0.1",
+        ),
         (lambda: plan_for(max_lpips=1e-12), r"max_lpips must be at least 0\.0\d+, which a single reuse step"),
         (lambda: blockdance.plan(target_speedup=2, profile=load_demo_profile(), steps=3), "steps must be at least 4"),
         (lambda: blockdance.plan(target_speedup=2, profile=load_demo_profile(), storage=Residual()), "storage must be a rule"),

@@ -1,19 +1,25 @@
 """Other models on the command line: the paper's by name, any diffusers pipeline by its folder."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from PIL import Image
 
+import app.page
+from analysis.experiment import OWN, Request, SamplerError, default_sampler, run_baseline, with_sampler
 from analysis.metrics import shift_tolerant_lpips
 from blockdance import ReuseConfig, Schedule
 from blockdance.__main__ import build_parser, main, settings
-from blockdance.presets import PRESETS
+from blockdance.presets import FRAME_DECODER, PRESETS, T5
 from tests.tiny import BLOCKS, dit
 from tests.tiny_video import opensora
+from tests.zoo import sd3_pipeline
 
 
 @pytest.fixture
@@ -101,7 +107,93 @@ def test_no_preset_hangs_where_there_is_no_hub(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     error = complaint(monkeypatch, capsys, "goldfish", "--model", model)
-    assert PRESETS[model].repository in error and "hf download" in error
+    downloads = [PRESETS[model].repository, *([T5, FRAME_DECODER] if PRESETS[model].checkpoint else [])]
+    assert all(f"`hf download {source}`" in error for source in downloads)
+
+
+@pytest.fixture(scope="module")
+def flowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved pipeline whose model was trained by flow matching."""
+    folder = tmp_path_factory.mktemp("sd3")
+    sd3_pipeline(size=32).save_pretrained(folder)
+    return folder
+
+
+def test_a_flow_matching_pipeline_keeps_its_own_scheduler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flowing: Path
+) -> None:
+    out, schedulers = tmp_path / "out", list[str]()
+
+    def watched(pipe: Any, request: Request, *more: Any) -> Any:
+        schedulers.append(type(with_sampler(pipe, request.sampler).scheduler).__name__)
+        return run_baseline(pipe, request, *more)
+
+    monkeypatch.setattr("blockdance.__main__.run_baseline", watched)
+    run_here(monkeypatch, "red apple", "--model", str(flowing), "--steps", "4", "--out", str(out))
+    result = json.loads((out / "result.json").read_text())
+    assert (result["sampler"], result["schedule"]) == (OWN, "ffcr") and result["psnr"] is not None
+    assert set(schedulers) == {"FlowMatchEulerDiscreteScheduler"}
+
+
+def test_another_sampler_is_refused_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, flowing: Path
+) -> None:
+    out = tmp_path / "out"
+    error = complaint(monkeypatch, capsys, "apple", "--model", str(flowing), "--sampler", "DDIM", "--out", str(out))
+    assert "sampler must be own for StableDiffusion3Pipeline" in error and "got 'DDIM'" in error
+    assert not out.exists()
+
+
+def test_a_view_has_a_scheduler_of_its_own_whatever_the_sampler() -> None:
+    for pipe, sampler in ((sd3_pipeline(), OWN), (dit(), OWN), (dit(), "Heun")):
+        view = with_sampler(pipe, sampler)
+        view.scheduler.set_timesteps(3)
+        assert len(view.scheduler.timesteps) < len(pipe.scheduler.timesteps) == 1000
+    with pytest.raises(SamplerError, match="sampler must be own"):
+        with_sampler(sd3_pipeline(), "Heun")
+
+
+def test_only_models_that_predict_noise_on_a_schedule_of_betas_get_ddim_by_default() -> None:
+    pipe = dit()
+    for scheduler, wanted in (
+        (DDIMScheduler(prediction_type="v_prediction"), "DDIM"),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), OWN),  # Wan's
+    ):
+        pipe.scheduler = scheduler
+        assert default_sampler(pipe) == wanted
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ('{"_class_name": "DiT', "model_index.json must be a JSON object with a _class_name"),
+        ('["DiTPipeline"]', "model_index.json must be a JSON object with a _class_name"),
+        ("{}", "model_index.json must be a JSON object with a _class_name"),
+        ('{"_class_name": "NoSuchPipeline"}', "names 'NoSuchPipeline', a class that diffusers"),
+        ('{"_class_name": "models"}', "names 'models', a class that diffusers"),
+        ('{"_class_name": "DiTPipeline", "vae": "x"}', "cannot be loaded: "),
+        ('{"_class_name": "DDIMScheduler"}', "cannot be loaded: "),
+    ],
+)
+def test_a_folder_with_a_broken_index_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, index: str, words: str
+) -> None:
+    (tmp_path / "model_index.json").write_text(index)
+    error = complaint(monkeypatch, capsys, "apple", "--model", str(tmp_path))
+    assert words in error and str(tmp_path) in error
+
+
+def test_a_folder_with_a_missing_part_is_called_incomplete_and_no_download_is_offered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    shutil.rmtree(folder / "vae")
+    error = complaint(monkeypatch, capsys, "golden retriever", "--model", str(folder))
+    assert f"the pipeline in {folder} is incomplete or broken: " in error and "hf download" not in error
+
+
+def test_the_page_offers_only_models_that_draw_pictures() -> None:
+    text = app.page.build_parser().format_help()
+    assert "dit-xl-2-256" in text and "open-sora" not in text
 
 
 def test_a_video_model_writes_a_video_and_names_its_worst_frame(

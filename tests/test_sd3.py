@@ -1,14 +1,15 @@
-"""What SD3's pipelines add to a call of the transformer: skip-layer guidance and ControlNet residuals."""
+"""What SD3's pipelines add: skip-layer guidance, ControlNet residuals, and runs from a picture."""
 
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Img2ImgPipeline
 from torch import Tensor
 
-from blockdance import Schedule, accelerate
+from blockdance import ReuseConfig, Schedule, accelerate
 from tests.test_adapters import Loop
-from tests.zoo import ZOO
+from tests.zoo import ZOO, sd3_pipeline
 
 SD3 = next(tiny for tiny in ZOO if tiny.name == "SD3Transformer2DModel")
 DEPTH = SD3.num_blocks
@@ -71,3 +72,67 @@ def test_controlnet_residuals_after_the_cutoff_are_the_current_ones(loop: Loop, 
     cached, same, stronger = outputs
     assert torch.equal(cached, same)
     assert not torch.equal(same, stronger)
+
+
+def test_each_sample_keeps_its_own_controlnet_residuals(loop: Loop) -> None:
+    """Three samples that reuse at different steps, two rows each as in guidance, get what they get alone."""
+    schedules = [Schedule.parse(text, DEPTH - 2) for text in ("fcrr", "ffcr", "fcrf")]
+    inputs = SD3.inputs(6)
+    stream = loop.transformer.pos_embed(inputs[SD3.latent])
+    noise = torch.Generator().manual_seed(2)
+    added = [torch.randn(stream.shape, generator=noise) for _ in range(DEPTH)]
+
+    def run(plan: Schedule | list[Schedule], rows: list[int]) -> list[Tensor]:
+        ours = {name: value[rows] for name, value in inputs.items()}
+        outputs = []
+        with torch.no_grad(), accelerate(loop, plan):
+            loop.scheduler.set_timesteps(4)
+            for step, moment in enumerate(loop.scheduler.timesteps):
+                now = ours | {SD3.latent: ours[SD3.latent] + step}
+                residuals = [(step + 1) * one[rows] for one in added]
+                outputs.append(loop.transformer(**now, block_controlnet_hidden_states=residuals).sample)
+                loop.scheduler.step(now[SD3.latent], moment, now[SD3.latent])
+        return outputs
+
+    together = run(schedules, list(range(6)))
+    for sample, schedule in enumerate(schedules):
+        rows = [sample, sample + 3]
+        for ours, alone in zip(together, run(schedule, rows), strict=True):
+            torch.testing.assert_close(ours[rows], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def img2img() -> StableDiffusion3Img2ImgPipeline:
+    pipe = StableDiffusion3Img2ImgPipeline(**sd3_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.35, 4), (0.6, 6), (1.0, 10)])
+def test_a_run_from_a_picture_counts_the_steps_that_run(
+    img2img: StableDiffusion3Img2ImgPipeline, strength: float, steps: int
+) -> None:
+    def draw() -> Tensor:
+        picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+        generator = torch.Generator().manual_seed(0)
+        output = img2img(
+            prompt="a red apple", image=picture, strength=strength, num_inference_steps=10, generator=generator, height=8,
+            width=8, output_type="pt",
+        )  # fmt: skip
+        images: Tensor = output.images
+        return images
+
+    moments: list[Tensor] = []
+    watch = img2img.transformer.register_forward_pre_hook(
+        lambda _, __, kwargs: moments.append(kwargs["timestep"]), with_kwargs=True
+    )
+    plain = draw()
+    watch.remove()
+    assert len(moments) == steps  # the plain pipeline's, which rounds up
+    with accelerate(img2img, ReuseConfig(1)) as trace:
+        assert torch.equal(plain, draw())
+    assert trace.kinds == "f" * steps and trace.block_evaluations == DEPTH * steps
+    with accelerate(img2img, Schedule.parse("cr" + "f" * (steps - 2), 1)) as trace:
+        assert not torch.equal(plain, draw())
+    assert trace.kinds == "cr" + "f" * (steps - 2)
+    assert trace.block_evaluations == DEPTH * (steps - 1) + DEPTH - 2

@@ -1,7 +1,9 @@
 """Transformers without an adapter: accepted where reuse is exact, refused where it is not."""
 
+import inspect
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,17 @@ class Random(Plain):
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
         return super().forward(hidden_states + torch.randn_like(hidden_states), timestep)
+
+
+class Remembering(Plain):
+    """Blocks that may write into a cache."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, timestep: Tensor, kv_caches: Any = None, kv_cache_mode: Any = None, return_dict: bool = True
+    ) -> tuple[Tensor]:
+        if kv_caches is not None:
+            kv_caches.append(hidden_states)
+        return super().forward(hidden_states, timestep)
 
 
 def toy(build: type[nn.Module]) -> Loop:
@@ -112,3 +125,29 @@ def test_what_is_wrong_with_the_call_itself_is_said_as_it_is() -> None:
     with pytest.raises(RuntimeError, match=r"size of tensor|mat1"), accelerate(loop, SCHEDULE):
         loop.scheduler.set_timesteps(6)
         loop.transformer(torch.ones(1, 3, 5), torch.ones(1))
+
+
+@pytest.mark.parametrize(("more", "name"), [({"kv_caches": []}, "kv_caches"), ({"kv_cache_mode": "extract"}, "kv_cache_mode")])
+def test_a_call_with_a_kv_cache_is_refused_before_the_self_test_touches_it(more: dict[str, Any], name: str) -> None:
+    loop = toy(Remembering)
+    arguments = loop.tiny.inputs(1)
+    with pytest.raises(UnsupportedModelError, match=f"without {name}"), torch.no_grad(), accelerate(loop, SCHEDULE):
+        loop.scheduler.set_timesteps(6)
+        loop.transformer(**arguments, **more)
+    assert not more.get("kv_caches")
+
+
+def test_a_kv_cache_among_the_positional_arguments_is_found() -> None:
+    loop, cache = toy(Remembering), list[Tensor]()
+    with pytest.raises(UnsupportedModelError, match="without kv_caches"), accelerate(loop, SCHEDULE):
+        loop.scheduler.set_timesteps(6)
+        loop.transformer(torch.ones(1, 3, 4), torch.ones(1), cache)
+    assert cache == []
+
+
+def test_every_class_of_diffusers_that_takes_a_kv_cache_is_refused_or_has_an_adapter() -> None:
+    transformers = diffusers.models.transformers
+    models = [getattr(transformers, name) for name in dir(transformers)]
+    classes = [model for model in models if isinstance(model, type) and issubclass(model, nn.Module)]
+    fill = {one.__name__ for one in classes if any(name.startswith("kv_cache") for name in inspect.signature(one.forward).parameters)}
+    assert "GlmImageTransformer2DModel" in fill and fill <= REFUSED.keys() | STACKS.keys()

@@ -6,8 +6,12 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from tests.tiny_video import WORDS as KNOWN_WORDS
 from tests.tiny_video import STDiT, STDiT3, tiny_stdit
 
 TEXT = 5
@@ -303,3 +307,31 @@ ZOO = [
         style=lambda batch: torch.zeros(batch, dtype=torch.long), image_rotary_emb=rotary(16, 8),
     ),
 ]  # fmt: skip
+
+
+def sd3_pipeline(size: int = 8) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3 in small: draws pictures of `size` pixels by flow matching."""
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        **HEADS, sample_size=size, in_channels=4, out_channels=4, num_layers=4, joint_attention_dim=WIDTH,
+        caption_projection_dim=16, pooled_projection_dim=WIDTH, pos_embed_max_size=size,
+    )  # fmt: skip
+    config = CLIPTextConfig(
+        vocab_size=len(KNOWN_WORDS), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=8, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=len(KNOWN_WORDS), d_model=WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, shift_factor=0.0)
+    pipe = StableDiffusion3Pipeline(
+        awake(transformer), FlowMatchEulerDiscreteScheduler(), vae.eval(), CLIPTextModelWithProjection(config).eval(),
+        tokenizer(), CLIPTextModelWithProjection(config).eval(), tokenizer(), T5EncoderModel(t5).eval(), tokenizer(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Of a few words."""
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(KNOWN_WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=77)

@@ -212,6 +212,9 @@ const SKELETON = `
 const MODES = {wipe: "wipe", flip: "flip", difference: "difference ×8"};
 const PAIR = ["SIMPLE", "COMPLEX"]; // of the held-out prompts, where the policy's schedules differ much
 const MOST_SCENES = 40; // live ones kept; of each a few hundred kilobytes
+const NOT_SHIPPED = "Not among the shipped comparisons: this site has no model to run. " +
+  "N = 2, 3, 4 with cutoff 3, 6, 9 or 12, and the window from 0.40 to 0.95 or from 0 to 1, are.";
+const WEAK_YARDSTICK = " Another seed is a weak yardstick here: the model memorises, and two seeds often look alike.";
 const MOST_LETTERS = 300; // of a prompt
 const HANDLE_PX = 76; // of the cutoff, on the map
 const BAR_PX = 90; // the longest bar of an LPIPS
@@ -236,8 +239,8 @@ class Explorer {
     this.decisions = new Map();
     this.tried = [];
     this.shipped = [];
-    this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}), edited: null, ada: false, saving: 0.5, storage: "latest", pinned: null, hover: null,
-                  scale: "cosine", mode: "wipe", wipe: 0.5, flipped: false};
+    this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}),
+                  edited: null, ada: false, saving: 0.5, storage: "latest", pinned: null, hover: null, scale: "cosine", mode: "wipe", wipe: 0.5, flipped: false};
     this.blocks = settings.num_blocks || 14;
     this.waiting = null;
     this.ask = debounced(120, () => this.askNow());
@@ -380,7 +383,8 @@ class Explorer {
       || (change.request && change.request.steps !== undefined && change.request.steps !== request.steps);
     Object.assign(this.state, change, {request: {...request, ...change.request}, config: {...config, ...change.config}});
     if (resetsEdit && change.edited === undefined) this.state.edited = null;
-    if (change.ada === undefined && (resetsEdit || change.edited !== undefined || change.config?.cutoff !== undefined || change.storage !== undefined) && !change.request) this.state.ada = false;
+    const byHand = resetsEdit || [change.edited, change.config?.cutoff, change.storage].some((value) => value !== undefined);
+    if (change.ada === undefined && byHand && !change.request) this.state.ada = false;
     if (this.state.model !== "demo") this.state.ada = false; // no policy for others
     const {config: now} = this.state;
     if (now.start > now.end) { if (change.config?.end === undefined) now.end = now.start; else now.start = now.end; }
@@ -547,7 +551,10 @@ class Explorer {
     const value = Number(input.value), low = Number(input.min), high = Number(input.max);
     const whole = input.name === "guidance" ? value : Math.round(value);
     const kept = clamp(Number.isFinite(whole) ? whole : low, low, high);
-    if (kept !== value || input.value === "") this.notice(`${input.name} must be ${input.name === "guidance" ? "a number" : "an integer"} in [${low}, ${high}], got ${input.value || "nothing"}; ${kept} is used.`);
+    if (kept !== value || input.value === "") {
+      const kind = input.name === "guidance" ? "a number" : "an integer";
+      this.notice(`${input.name} must be ${kind} in [${low}, ${high}], got ${input.value || "nothing"}; ${kept} is used.`);
+    }
     this.set({request: {[input.name]: kept}});
   }
 
@@ -592,7 +599,8 @@ class Explorer {
       const reused = [...one.schedule].filter((kind) => kind === "r").length;
       band.width = 600; band.height = 90;
       this.drawBand(band.getContext("2d"), one, band.width, band.height);
-      return h("figure", {}, picture, band, h("figcaption", {}, h("b", {}, one.prompt), ` ${reused} of ${one.probabilities.length} decided steps reuse, ${times(one.speedup_ideal)} ideal, LPIPS ${small(one.lpips)}`));
+      const told = ` ${reused} of ${one.probabilities.length} decided steps reuse, ${times(one.speedup_ideal)} ideal, LPIPS ${small(one.lpips)}`;
+      return h("figure", {}, picture, band, h("figcaption", {}, h("b", {}, one.prompt), told));
     }));
   }
 
@@ -616,9 +624,17 @@ class Explorer {
 
   buildPictures() {
     const scrubber = this.$("[name=step]");
-    scrubber.oninput = () => { if (this.playing) this.stopPlaying(); const step = Number(scrubber.value); this.set({pinned: step >= this.state.request.steps ? null : step}); };
+    scrubber.oninput = () => {
+      if (this.playing) this.stopPlaying();
+      const step = Number(scrubber.value);
+      this.set({pinned: step >= this.state.request.steps ? null : step});
+    };
     const both = this.$("[data-picture=both]");
-    const move = (event) => { const box = both.getBoundingClientRect(); this.state.wipe = clamp((event.clientX - box.left) / box.width, 0, 1); this.renderPictures(); };
+    const move = (event) => {
+      const box = both.getBoundingClientRect();
+      this.state.wipe = clamp((event.clientX - box.left) / box.width, 0, 1);
+      this.renderPictures();
+    };
     both.onpointerdown = (event) => {
       if (this.state.mode === "flip") { this.state.flipped = !this.state.flipped; this.renderPictures(); return; }
       both.setPointerCapture(event.pointerId);
@@ -652,7 +668,8 @@ class Explorer {
     for (const button of this.all(".bd-chips button")) button.setAttribute("aria-pressed", button.dataset.key === this.sceneKey());
     const planned = this.plan && sameRun(this.plan, {schedule: this.kinds, cutoff_block: this.cutoff, storage: state.storage});
     this.$(".bd-edited").hidden = !state.edited;
-    this.$(".bd-edited span").textContent = this.decision ? "Ada decided the schedule." : planned ? "The planner chose the schedule." : "The schedule was edited by hand.";
+    this.$(".bd-edited span").textContent = this.decision ? "Ada decided the schedule."
+      : planned ? "The planner chose the schedule." : "The schedule was edited by hand.";
     if (this.live) this.$(".bd-planner p").textContent = planned ? this.plan.text : "";
     for (const [place, name] of [[".bd-scales", "scale"], [".bd-modes", "mode"]])
       for (const button of this.all(`${place} button`)) button.setAttribute("aria-pressed", button.dataset.choice === state[name]);
@@ -680,7 +697,7 @@ class Explorer {
     if (this.waiting) { this.status(`${this.waiting.phase} …`, this.waiting.progress); return; }
     if (this.stopped) { this.status("Stopped."); return; }
     const run = this.runOf(scene), {request} = this.state;
-    if (!run) { this.status(this.live ? "" : this.manifest ? "Not among the shipped comparisons: this site has no model to run. N = 2, 3, 4 with cutoff 3, 6, 9 or 12, and the window from 0.40 to 0.95 or from 0 to 1, are." : "Loading …"); return; }
+    if (!run) { this.status(this.live ? "" : this.manifest ? NOT_SHIPPED : "Loading …"); return; }
     const how = scene.shipped && !run.live ? "computed ahead, shipped with the page" : "computed live";
     this.status(`“${request.prompt}”, seed ${request.seed}, ${request.steps} steps, guidance ${request.guidance}, ${request.sampler}: ${how}.`);
   }
@@ -749,7 +766,8 @@ class Explorer {
 
   coverage() {
     const reused = [...this.kinds].filter((kind) => kind === "r").length, steps = this.kinds.length;
-    return reused ? `${this.cutoff + 1} of ${this.blocks} blocks reused on ${reused} of ${steps} steps.` : `Nothing is reused: all ${this.blocks} blocks run on all ${steps} steps.`;
+    return reused ? `${this.cutoff + 1} of ${this.blocks} blocks reused on ${reused} of ${steps} steps.`
+      : `Nothing is reused: all ${this.blocks} blocks run on all ${steps} steps.`;
   }
 
   renderNumbers(scene) {
@@ -763,7 +781,7 @@ class Explorer {
       ["JPEG, quality 90", yardstick("jpeg")], ["another seed", yardstick("seed")],
     ];
     const part = (value) => value > 0 ? clamp((Math.log10(value) + 5) / 5, 0.02, 1) : 0; // 0.00001 to 1
-    const bar = (value) => h("i", {className: "bd-bar", style: `width:${(BAR_PX * part(value)).toFixed(1)}px`});
+    const bar = (value) => h("i", {className: "bd-bar", style: `width:${BAR_PX * part(value)}px; margin-right:${BAR_PX * (1 - part(value))}px`});
     const cells = (row) => !row ? ["…", "…", "…", "…", "…"] : [
       row.yardstick ? "" : row.speedup_measured ? times(row.speedup_measured) : "–", row.yardstick ? "" : times(row.speedup_ideal),
       h("span", {}, small(row.lpips), bar(row.lpips)), row.ssim.toFixed(4), row.psnr === null ? "∞" : `${row.psnr.toFixed(1)} dB`];
@@ -775,12 +793,12 @@ class Explorer {
       : run?.rounds > 1 ? `medians of ${run.rounds} interleaved rounds${spread}` : "timed once";
     const note = h("p", {className: "bd-note"}, `${run ? `${often}; ${run.machine || scene.machine}. ` : ""}` +
       `${(run?.lpips_name || control?.lpips_name) ?? "LPIPS"}, SSIM and PSNR are a difference from the baseline, not a quality; ` +
-      `the bars are logarithmic.${this.state.model === "demo" ? " Another seed is a weak yardstick here: the model memorises, and two seeds often look alike." : ""}`);
+      `the bars are logarithmic.${this.state.model === "demo" ? WEAK_YARDSTICK : ""}`);
     const measure = this.$("[data-do=measure]");
     if (measure) measure.disabled = !run || !kinds.includes("r") || Boolean(this.waiting);
     this.$(".bd-numbers div").replaceChildren(
-      h("div", {className: "bd-figures"}, figure(times(this.ideal), "ideal speedup", "from block counts"), figure(measured, "measured", "baseline seconds over ours"),
-        figure(run ? small(run.lpips) : "…", "LPIPS"), figure(run ? run.ssim.toFixed(4) : "…", "SSIM")),
+      h("div", {className: "bd-figures"}, figure(times(this.ideal), "ideal speedup", "from block counts"),
+        figure(measured, "measured", "baseline seconds over ours"), figure(run ? small(run.lpips) : "…", "LPIPS"), figure(run ? run.ssim.toFixed(4) : "…", "SSIM")),
       h("p", {}, `${this.coverage()} ${blocksRun(kinds, cutoff, blocks)} of ${blocks * kinds.length} block evaluations` +
         `${run?.cache_bytes ? `; cache ${Math.round(run.cache_bytes / 1024)} KiB` : ""}.`), table, note);
   }
@@ -818,7 +836,8 @@ class Explorer {
     for (const {interval, canvas, told} of this.strip) {
       const kinds = fixedSchedule({...config, interval}, request.steps), run = this.runOf(scene, kinds, this.cutoff);
       this.drawTile(canvas, scene, run?.picture);
-      told.textContent = run ? `${times(run.speedup_ideal)} ideal, LPIPS ${small(run.lpips)}` : `${times(idealSpeedup(kinds, this.cutoff, this.blocks))} ideal, not drawn yet`;
+      told.textContent = run ? `${times(run.speedup_ideal)} ideal, LPIPS ${small(run.lpips)}`
+        : `${times(idealSpeedup(kinds, this.cutoff, this.blocks))} ideal, not drawn yet`;
       canvas.parentElement.setAttribute("aria-pressed", interval === config.interval && !edited);
     }
   }
@@ -841,7 +860,11 @@ class Explorer {
       canvas.style.cursor = {cutoff: "ns-resize", start: "ew-resize", end: "ew-resize", band: "pointer", cell: "crosshair"}[target.kind] || "default";
       const hover = target.kind === "cell" || target.kind === "band" ? target.step : null;
       this.tip(target, x, y);
-      if (hover !== this.state.hover) { this.state.hover = hover; this.renderPictures(); this.renderMap(this.scene); this.renderFeatures(this.scene); }
+      if (hover === this.state.hover) return;
+      this.state.hover = hover;
+      this.renderPictures();
+      this.renderMap(this.scene);
+      this.renderFeatures(this.scene);
     };
     canvas.onpointerup = () => { dragging = null; };
     canvas.onpointerleave = () => { this.state.hover = null; this.$(".bd-tip").hidden = true; this.render(); };
@@ -1094,7 +1117,8 @@ class Explorer {
     const {lpips_name, prompts, steps, colours} = this.comparison, {curves, verdicts} = steps[this.comparedAt];
     for (const button of this.all(".bd-counts button")) button.setAttribute("aria-pressed", button.dataset.steps === this.comparedAt);
     this.$(".bd-compared p").textContent = `${prompts} prompts, each method at several settings, timed side by side when the page was made: ` +
-      "the mean over prompts. A line joins a method's best settings; ablations are in the legend, a click shows them. Below it, for every speed, who changes the picture least.";
+      "the mean over prompts. A line joins a method's best settings; ablations are in the legend, a click shows them. " +
+      "Below it, for every speed, who changes the picture least.";
     this.$(".bd-compared ul").replaceChildren(...verdicts.map((text) => h("li", {}, text)));
     const best = (one, all) => !all.some((other) => other.speedup > one.speedup && other.lpips <= one.lpips);
     const data = Object.entries(curves).filter(([, all]) => all.length).map(([name, all]) => {
@@ -1130,7 +1154,7 @@ class Explorer {
       hovertemplate: "%{text}<br>%{x:.2f}×, LPIPS %{y:.5f}<extra></extra>", ...more});
     const points = (name, of, marker) => series(name, of, {mode: "markers", marker});
     const data = [
-      points("BlockDance, computed ahead", dots.filter((dot) => !isTried(dot)), {color: KIND_COLOURS.c, size: 7, opacity: 0.7}),
+      points("BlockDance, computed ahead", dots.filter((dot) => !isTried(dot)), {color: KIND_COLOURS.c, size: 7, opacity: 0.85}),
       points("BlockDance, tried", dots.filter((dot) => isTried(dot) && storageOf(dot) === "latest"), {color: KIND_COLOURS.c, size: 10}),
       points("BlockDance extrapolated, tried", dots.filter((dot) => storageOf(dot) !== "latest"), {color: KIND_COLOURS.r, size: 10, symbol: "diamond"}),
       series("best of BlockDance", frontier, {mode: "lines", line: {color: KIND_COLOURS.c, width: 1}, hoverinfo: "skip", hovertemplate: null}),
@@ -1266,7 +1290,8 @@ class Explorer {
   do_csv() {
     const map = this.scene?.map, sources = reusedFrom(this.kinds);
     if (!map) { this.notice("The similarity map is not there yet."); return; }
-    const lines = map.flatMap((values, block) => values.map((value, step) => [block, step, value ?? "", KIND_NAMES[this.kinds[step]], sources[step] !== null && block <= this.cutoff].join()));
+    const lines = map.flatMap((values, block) => values.map((value, step) =>
+      [block, step, value ?? "", KIND_NAMES[this.kinds[step]], sources[step] !== null && block <= this.cutoff].join()));
     download("similarity.csv", new Blob([["block,step,cosine,kind,reused", ...lines].join("\n") + "\n"], {type: "text/csv"}));
   }
 
@@ -1381,9 +1406,16 @@ const TOUR = [
    act() { this.set({config: {cutoff: this.cutoff >= this.blocks - 2 ? 6 : this.blocks - 2}}); },
    check() { if (this.cutoff !== this.tourFrom.cutoff) this.tourDone(`Done: cutoff ${this.cutoff}, ideal ${times(this.ideal)}.`); }},
   {at: "pictures", title: "Break it", label: "Reuse from the first step",
-   text: "Reuse while the structure is still forming, and the picture becomes another one. Early outputs are alike, yet a reuse step does not read the current latent, and each later step carries its error on; the paper starts at 40 %.",
-   act() { this.set({request: {prompt: "castle cake", seed: 1, steps: 30, guidance: 8}, config: {interval: 4, cutoff: 12, start: 0, end: 1}, edited: null, pinned: null}); },
-   check() { const run = this.runOf(this.scene); if (run && this.state.config.start < 0.2) this.tourDone(`LPIPS ${small(run.lpips)} at ${times(run.speedup_ideal)}.`); }},
+   text: "Reuse while the structure is still forming, and the picture becomes another one. Early outputs are alike, yet a reuse step does " +
+     "not read the current latent, and each later step carries its error on; the paper starts at 40 %.",
+   act() {
+     this.set({request: {prompt: "castle cake", seed: 1, steps: 30, guidance: 8}, config: {interval: 4, cutoff: 12, start: 0, end: 1},
+               edited: null, pinned: null});
+   },
+   check() {
+     const run = this.runOf(this.scene);
+     if (run && this.state.config.start < 0.2) this.tourDone(`LPIPS ${small(run.lpips)} at ${times(run.speedup_ideal)}.`);
+   }},
   {at: "ada", title: "Let Ada decide", label: "Switch it on",
    text: "So far every picture got the same schedule. BlockDance-Ada is a small network that looks at the latent after 40 % of the steps and decides the rest for this picture alone. Below the map you see how probable it found a cache step, on each step.",
    act() { this.set({request: {prompt: "house with garden", seed: 0, steps: 30, guidance: 4}, ada: true, edited: null}); },
@@ -1394,7 +1426,8 @@ const TOUR = [
    check() {
      const run = this.runOf(this.scene), control = this.controlOf(this.scene);
      if (!run || run.speedup_ideal < 1.4 || run.lpips > 0.05) { this.tourDone(""); return; }
-     this.tourDone(`Done: ${times(run.speedup_ideal)} at LPIPS ${small(run.lpips)}. ${control ? `${control.steps} steps: ${times(control.speedup_ideal)} at ${small(control.lpips)}.` : ""}`);
+     const rival = control ? `${control.steps} steps: ${times(control.speedup_ideal)} at ${small(control.lpips)}.` : "";
+     this.tourDone(`Done: ${times(run.speedup_ideal)} at LPIPS ${small(run.lpips)}. ${rival}`);
    }},
 ];
 

@@ -23,6 +23,10 @@ RHO = 0.4
 """The paper's: the share of the run that is over when a policy decides."""
 THRESHOLD = 0.5
 """The paper's: a step is a cache step if that is at least so probable."""
+WEIGHTS = 16
+"""Numbers in a fingerprint, at most four of a matrix."""
+TOLERANCE = 0.1
+"""Relative difference up to which weights are the same ones: narrow number formats change them by up to a twentieth."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,11 @@ class PolicyConfig:
     """What reuse steps start from: a key of `blockdance.storage.RULES`."""
     training: dict[str, Any] = field(default_factory=dict)
     """How it was trained, and what that cost."""
+    fingerprint: tuple[float, ...] | None = None
+    """Some of that transformer's weights: `fingerprint_of`. None, as in older files, knows the model by `model` alone."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.rho < 1:
-            raise ConfigError(f"rho must be in (0, 1), got {self.rho!r}")
+        check_rho(self.rho)
         if not self.cutoffs or list(self.cutoffs) != sorted(set(self.cutoffs)):
             raise ConfigError(f"cutoffs must be ascending blocks, at least one, got {self.cutoffs!r}")
         rule_named(self.storage_name)
@@ -88,11 +93,10 @@ class AdaPolicy:
 
     def decides_at(self, num_steps: int) -> int | None:
         """The first step that is decided on; None if nothing can be reused in so few steps."""
-        first = round(self.config.rho * num_steps)
-        return first if num_steps >= MIN_STEPS and 1 <= first < num_steps else None
+        return first_decided(self.config.rho, num_steps)
 
     def check(self, transformer: nn.Module) -> None:
-        """Raise PolicyError unless `transformer` is of the kind that the policy was trained for."""
+        """Raise PolicyError unless `transformer` is the one that the policy was trained for, in any number format."""
         ours, theirs = self.config.model, model_facts(transformer)
         strange = [name for name in ours if ours[name] != theirs.get(name)]
         if strange:
@@ -101,6 +105,9 @@ class AdaPolicy:
                 f"the policy was trained for another model: its {name} is {ours[name]!r}, "
                 f"that of this {theirs['class']} is {theirs.get(name)!r}"
             )
+        known, found = self.config.fingerprint, fingerprint_of(transformer)
+        if known is not None and found is not None and not same_weights(known, found):
+            raise PolicyError(f"the policy was trained for a {theirs['class']} with other weights; train one for these")
 
     @torch.no_grad()
     def decide(self, moment: Moment) -> list[Decision]:
@@ -123,10 +130,12 @@ class AdaPolicy:
         return Schedule.with_cutoffs(kinds, [0] * first + [self.cutoffs[place] for place in cutoffs])
 
     def save(self, file: Path) -> None:
-        """Write weights and config as one safetensors file."""
+        """Write weights and config as one safetensors file, in one stroke."""
         file.parent.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.contiguous() for name, weight in self.network.state_dict().items()}
-        save_file(weights, file, metadata={"policy": json.dumps(asdict(self.config))})
+        new = file.with_name(file.name + ".new")
+        save_file(weights, new, metadata={"policy": json.dumps(asdict(self.config))})
+        new.replace(file)
 
     @classmethod
     def load(cls, file: Path | str, saving: float = 0.5) -> "AdaPolicy":
@@ -141,6 +150,8 @@ class AdaPolicy:
                 told = json.loads(opened.metadata()["policy"])
                 weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dictionary
             told["shape"], told["cutoffs"] = Shape(**told["shape"]), tuple(told["cutoffs"])
+            if told.get("fingerprint") is not None:
+                told["fingerprint"] = tuple(map(float, told["fingerprint"]))
             config = PolicyConfig(**told)
             network = DecisionNetwork(config.shape, config.side)
             network.load_state_dict(weights)
@@ -155,6 +166,47 @@ def model_facts(transformer: nn.Module) -> dict[str, Any]:
     plain = {name: value for name, value in config.items() if isinstance(value, (int, float, str, bool))}
     public = {name: value for name, value in plain.items() if not name.startswith("_") and name != "dtype"}
     return {"class": original_class(type(transformer)).__name__} | dict(sorted(public.items()))
+
+
+def fingerprint_of(transformer: nn.Module) -> tuple[float, ...] | None:
+    """A few weights of matrices from its first to its last, by which a policy knows its model; None if they cannot be read.
+
+    They cannot where they are offloaded to elsewhere, or packed by quantization. Adapters (LoRA) beside them do not matter.
+    """
+    matrices = [one for name, one in transformer.named_parameters() if one.ndim > 1 and "lora" not in name]
+    chosen = [matrices[place] for place in evenly(len(matrices), WEIGHTS // 4)]
+    if not chosen or any(one.is_meta or not one.is_floating_point() for one in chosen):
+        return None
+    weights = [one.detach().flatten()[place].item() for one in chosen for place in evenly(one.numel(), 4)]
+    return tuple(float(f"{weight:.4g}") for weight in weights)
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """At most `count` different places in `range(length)`, from the first to the last."""
+    return sorted({round(part * (length - 1) / (count - 1)) for part in range(count)}) if length else []
+
+
+def same_weights(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether two fingerprints are of one model, perhaps in different number formats."""
+    return len(ours) == len(theirs) and math.dist(ours, theirs) <= TOLERANCE * math.hypot(*ours)
+
+
+def check_rho(rho: float, num_steps: Sequence[int] = ()) -> None:
+    """Raise ConfigError unless runs of so many steps have some before the decision, and some after it."""
+    if not 0 < rho < 1:
+        raise ConfigError(f"rho must be in (0, 1), got {rho!r}")
+    for steps in num_steps:
+        if first_decided(rho, steps) is None:
+            raise ConfigError(
+                f"rho must make the first decided step one of [1, {steps - 1}] in a run of {steps}, "
+                f"got {rho!r}, which makes it {round(rho * steps)}"
+            )
+
+
+def first_decided(rho: float, num_steps: int) -> int | None:
+    """The first step that is decided on; None if nothing can be reused in so few steps."""
+    first = round(rho * num_steps)
+    return first if num_steps >= MIN_STEPS and 1 <= first < num_steps else None
 
 
 def new_policy(
@@ -179,7 +231,9 @@ def new_policy(
     side = latent.shape[-1]
     patch = 2 ** max(0, math.ceil(math.log2(side / 16)))
     shape = Shape(latent.shape[1], None if text is None else text.shape[-1], len(cutoffs), patch, width)
-    config = PolicyConfig(model_facts(transformer), tuple(cutoffs), shape, side, rho, storage, training or {})
+    config = PolicyConfig(
+        model_facts(transformer), tuple(cutoffs), shape, side, rho, storage, training or {}, fingerprint_of(transformer)
+    )
     return AdaPolicy(config, DecisionNetwork(shape, side))
 
 

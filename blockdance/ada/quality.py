@@ -1,12 +1,15 @@
 """How good a picture is that was drawn with reuse: Q of the reward, larger is better."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from blockdance.errors import ConfigError
@@ -16,6 +19,7 @@ Quality = Callable[[str, Pixels, Sequence[Pixels]], list[float]]
 """Of pictures of a prompt, beside the baseline's picture."""
 CLIP = "openai/clip-vit-base-patch32"
 IMAGE_REWARD = "ImageReward-v1.0"
+IMAGE_REWARD_FILES = ("ImageReward.pt", "med_config.json")
 
 
 def negative_lpips() -> Quality:
@@ -61,20 +65,38 @@ def image_reward() -> Quality:
     """ImageReward (Xu et al. 2023), less that of the baseline's picture.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is not installed, or its weights are not on this machine; nothing is downloaded.
     """
     if importlib.util.find_spec("ImageReward") is None:
         raise ConfigError("quality image-reward needs the package image-reward, which is not installed")
+    folder = Path("~/.cache/ImageReward").expanduser()  # its default
+    for file in IMAGE_REWARD_FILES:
+        if not (folder / file).is_file():
+            raise ConfigError(f"quality image-reward needs {file} of THUDM/ImageReward in {folder}, which has none")
     import ImageReward
     from PIL import Image
 
-    model = ImageReward.load(IMAGE_REWARD)
+    try:
+        with offline():
+            model = ImageReward.load(IMAGE_REWARD)
+    except OSError as error:
+        raise ConfigError(f"quality image-reward cannot be loaded from this machine alone: {error}") from None
 
     def score(prompt: str, baseline: Pixels, pictures: Sequence[Pixels]) -> list[float]:
         first, *others = [float(model.score(prompt, Image.fromarray(one))) for one in (baseline, *pictures)]
         return [other - first for other in others]
 
     return score
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Whoever asks the hub meanwhile gets what is on this machine, or an OSError."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 QUALITIES: dict[str, Callable[[], Quality]] = {

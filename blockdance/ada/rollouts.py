@@ -1,5 +1,6 @@
 """What a policy is trained in: baselines that are drawn once, and runs of the rest with schedules that are tried."""
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from blockdance.accelerate import accelerate
 from blockdance.batch import samples_joined
+from blockdance.errors import UnsupportedModelError
 from blockdance.policy import Moment
 from blockdance.replay import Recording, record
 from blockdance.reuser import moment_of
@@ -76,9 +78,13 @@ class Environment:
         storage: what reuse steps start from.
         call: further arguments of the pipeline's call.
         capacity: how many baselines are remembered.
+
+    Raises:
+        UnsupportedModelError: the pipeline takes no text, draws videos, or does not take one of the arguments.
     """
 
     def __init__(self, pipe: Any, rho: float, storage: StorageRule, call: dict[str, Any], capacity: int = 1500) -> None:
+        check_pipeline(pipe, call)
         self.pipe, self.rho, self.storage, self.call, self.capacity = pipe, rho, storage, call, capacity
         self._scenes: OrderedDict[Task, Scene] = OrderedDict()
 
@@ -111,6 +117,16 @@ class Environment:
             output_type="np", **self.call,
         )  # fmt: skip
         return [(picture * 255).round().astype(np.uint8) for picture in output.images]
+
+
+def check_pipeline(pipe: Any, call: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError unless it draws several pictures of a text, and takes these arguments too."""
+    calls = [vars(base)["__call__"] for base in type(pipe).__mro__ if "__call__" in vars(base)]
+    taken = {name for one in calls for name in inspect.signature(one).parameters}
+    lacks = [name for name in ("prompt", "num_images_per_prompt", *call) if name not in taken]
+    if lacks or {"num_frames", "video_length"} & taken:
+        reason = f"takes no {lacks[0]}" if lacks else "draws videos"
+        raise UnsupportedModelError(f"a policy is trained with a text-to-image pipeline; {type(pipe).__name__} {reason}")
 
 
 def repeated(recording: Recording, times: int, rows: int) -> Recording:

@@ -1,6 +1,7 @@
 """Train a policy: `python -m blockdance.ada.train --out DIR`. Several GPUs: `accelerate launch -m blockdance.ada.train ...`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from blockdance.ada import POLICY_FILE
 from blockdance.ada.curves import write_curves
-from blockdance.ada.policy import RHO
+from blockdance.ada.policy import RHO, check_rho
 from blockdance.ada.quality import QUALITIES, quality_named
 from blockdance.ada.reinforce import BASELINES
 from blockdance.ada.rollouts import Environment
@@ -64,6 +65,12 @@ def read_lines(file: Path) -> list[str]:
     return lines
 
 
+def check_at_least(name: str, value: float | None, least: float) -> None:
+    """Raise ConfigError unless the option is left out, or a finite number that is large enough."""
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise ConfigError(f"{name} must be a number of at least {least}, got {value!r}")
+
+
 def train(args: argparse.Namespace) -> None:
     """Load, train, draw the curves.
 
@@ -75,11 +82,15 @@ def train(args: argparse.Namespace) -> None:
         savings=None if args.one_saving else TrainConfig.savings, quality_weight=args.quality_weight,
         learning_rate=args.learning_rate, entropy_weight=args.entropy_weight, seed=args.seed,
     )  # fmt: skip
+    check_rho(args.rho, config.steps)
+    check_at_least("minutes", args.minutes, 0)
+    check_at_least("guidance", args.guidance, 0)
     prompts, quality = read_lines(args.prompts), quality_named(args.quality)
     accelerator = Accelerator()
     pipe = load_pipeline(args.model).to(accelerator.device)
-    cutoffs = sorted(args.cutoffs or [default_cutoff(depth_of(pipe))])
-    check_cutoff(cutoffs[-1], depth_of(pipe))
+    cutoffs = sorted(set(args.cutoffs or [default_cutoff(depth_of(pipe))]))
+    for cutoff in cutoffs:
+        check_cutoff(cutoff, depth_of(pipe))
     call = {} if args.guidance is None else {"guidance_scale": args.guidance}
     environment = Environment(pipe, args.rho, rule_named(args.storage), call)
     profile = None if args.profile is None else Profile.load(args.profile)

@@ -1,6 +1,7 @@
 """Trains a decision network by reinforcement; the diffusion model stays as it is."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,20 +14,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blockdance.ada.imitation import PROBES, Examples, Losses, Teacher, imitate
-from blockdance.ada.policy import AdaPolicy, new_policy, trained
+from blockdance.ada.policy import AdaPolicy, check_rho, new_policy, trained
 from blockdance.ada.quality import Quality
 from blockdance.ada.reinforce import BASELINES, Price, advantages, entropy, policy_loss, try_some
 from blockdance.ada.rollouts import Environment, Scene, Task
 from blockdance.errors import ConfigError
 from blockdance.policy import Moment
 from blockdance.profile import Profile
-from blockdance.schedule import Schedule, StepKind
+from blockdance.schedule import MIN_STEPS, Schedule, StepKind
 
 CLIP_NORM = 1.0
 IMITATED = 48
 """Pictures that the planner's schedules are shown with."""
 KEEP_EVERY = 25
 """Updates from one checkpoint to the next."""
+FIXED = ("steps", "baseline", "savings")
+"""Settings that a training keeps when it goes on."""
+MAX_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,30 @@ class TrainConfig:
     rollouts: int = 8
     """Schedules that are tried for each of them."""
     steps: tuple[int, ...] = (30, 50)
-    """Sampling steps; each update draws one of these."""
+    """Sampling steps, at least 4; each update draws one of these."""
     baseline: str = "leave-one-out"
     """One of `reinforce.BASELINES`; `none` is the paper's."""
     savings: tuple[float, float] | None = (0.2, 0.8)
     """Range of wanted savings that the network is asked for. None is the paper's form: one network for one saving, which
     follows from the weight of quality."""
     quality_weight: float | None = None
-    """lambda; with wanted savings only where it starts, None for a start that makes quality weigh as much as saving."""
+    """lambda, above 0; with wanted savings only where it starts, None for a start at which quality weighs as much as saving."""
     learning_rate: float = 3e-4
+    """Of Adam, above 0."""
     entropy_weight: float = 0.0
+    """How much a nat of entropy a step adds to the reward, at least 0."""
     seed: int = 0
+    """In [0, 2^31 - 1]."""
 
     def __post_init__(self) -> None:
         for name in ("updates", "scenes", "rollouts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if not self.steps or min(self.steps) < MIN_STEPS:
+            raise ConfigError(f"steps must each be at least {MIN_STEPS}, got {self.steps!r}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed must be in [0, {MAX_SEED}], got {self.seed!r}")
+        self._check_weights()
         if self.baseline not in BASELINES:
             raise ConfigError(f"baseline must be one of {', '.join(BASELINES)}, got {self.baseline!r}")
         if self.baseline == "leave-one-out" and self.rollouts < 2:
@@ -67,6 +79,14 @@ class TrainConfig:
             raise ConfigError("without wanted savings quality_weight must be given, got None")
         if self.savings is not None and not 0 <= self.savings[0] <= self.savings[1] <= 1:
             raise ConfigError(f"savings must be two ascending shares in [0, 1], got {self.savings!r}")
+
+    def _check_weights(self) -> None:
+        for name in ("learning_rate", "quality_weight"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+        if not (math.isfinite(self.entropy_weight) and self.entropy_weight >= 0):
+            raise ConfigError(f"entropy_weight must be a number of at least 0, got {self.entropy_weight!r}")
 
 
 def reuse_share(schedule: Schedule, first: int, deepest: int) -> float:
@@ -104,6 +124,10 @@ class Trainer:
         accelerator: shares the scenes of an update among processes.
         storage: what reuse steps start from.
         profile: begin with the planner's schedules, and not with chance.
+
+    Raises:
+        ConfigError: rho leaves nothing to decide on, or the folder holds another training.
+        PolicyError: the folder holds a training for other weights.
     """
 
     def __init__(
@@ -111,6 +135,7 @@ class Trainer:
         folder: Path, accelerator: Accelerator, storage: str = "latest",
         profile: Profile | None = None,
     ) -> None:  # fmt: skip
+        check_rho(environment.rho, config.steps)
         self.environment, self.quality, self.prompts, self.config = environment, quality, prompts, config
         self.folder, self.accelerator = folder, accelerator
         torch.manual_seed(config.seed)
@@ -148,6 +173,8 @@ class Trainer:
         start, before = time.perf_counter(), self.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         shown = self.accelerator.is_main_process
+        if shown:
+            drop_later_lines(self.folder / "log.jsonl", self.update)
         with tqdm(total=self.config.updates, initial=self.update, desc="ada", disable=not shown) as bar:
             while self.update < self.config.updates:
                 told = self._update()
@@ -157,12 +184,18 @@ class Trainer:
                         log.write(json.dumps(told | {"seconds": round(self.seconds, 1)}) + "\n")
                 bar.update()
                 bar.set_postfix(saving=f"{told['saving']:.2f}", reward=f"{told['reward']:.3f}")
-                over = minutes is not None and time.perf_counter() - start > 60 * minutes
+                late = minutes is not None and time.perf_counter() - start > 60 * minutes
+                over = bool(self._gathered(torch.tensor([float(late)])).any())  # else each would go by a clock of its own
                 if self.update % KEEP_EVERY == 0 or over or self.update == self.config.updates:
                     self._keep()
-                if self.accelerator.reduce(torch.tensor(float(over))).item():
+                if over:
                     break
         return self.policy
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """The rows of all processes, (processes * rows, ...); on their devices meanwhile, since nccl takes no other tensors."""
+        together: Tensor = self.accelerator.gather(values.to(self.accelerator.device))
+        return together.cpu()
 
     def _update(self) -> dict[str, Any]:
         config, processes = self.config, self.accelerator
@@ -192,7 +225,7 @@ class Trainer:
             self._learn_price(wanted, saving.mean(dim=1), num_steps)
         self.update += 1
         figures = torch.stack([one.detach().mean() for one in (rewards, saving, quality, spread, weight, wanted)])
-        means = processes.reduce(figures, reduction="mean").tolist()
+        means = self._gathered(figures[None]).mean(dim=0).tolist()
         self.rollouts += processes.num_processes * config.scenes * config.rollouts
         names = ("reward", "saving", "quality", "entropy", "quality_weight", "wanted")
         return {
@@ -221,7 +254,7 @@ class Trainer:
         if self.config.savings is None:
             return torch.full_like(wanted, float(self.config.quality_weight or 0))
         if self.price is None:
-            typical = self.accelerator.reduce(quality.abs().mean(), reduction="mean").item()
+            typical = self._gathered(quality.abs().mean()[None]).mean().item()
             self.price = Price(self.config.quality_weight or 0.5 / max(typical, 1e-9))
         return self.price(wanted, num_steps)
 
@@ -229,7 +262,7 @@ class Trainer:
         """All processes learn from all savings, so that they agree."""
         assert self.price is not None
         rows = torch.stack([wanted, saving, torch.full_like(wanted, num_steps)], dim=1)
-        for row in self.accelerator.gather(rows):
+        for row in self._gathered(rows):
             self.price.learn(row[:1], row[1:2], int(row[2]))
 
     def _keep(self) -> None:
@@ -245,7 +278,7 @@ class Trainer:
         price = None if self.price is None else {"start": self.price.start, "coefficients": self.price.coefficients}
         state = {
             "update": self.update, "rollouts": self.rollouts, "seconds": self.seconds, "price": price,
-            "optimizer": self.optimizer.state_dict(),
+            "network": self.policy.network.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         torch.save(state, self.folder / "state.new")
         (self.folder / "state.new").replace(self.folder / "state.pt")
@@ -254,10 +287,37 @@ class Trainer:
         kept = AdaPolicy.load(self.folder / "policy.safetensors")
         if kept.config.model != self.policy.config.model or kept.config.cutoffs != self.policy.config.cutoffs:
             raise ConfigError(f"{self.folder.name} holds a training of another model or other cutoffs; choose another folder")
-        self.policy.network.load_state_dict(kept.network.state_dict())
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        kept.check(self.environment.pipe.transformer)
+        self._check_settings(kept)
+        state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        self.policy.network.load_state_dict(state.get("network") or kept.network.state_dict())  # older states lack it
         self.optimizer.load_state_dict(state["optimizer"])
         self.update, self.rollouts, self.seconds = state["update"], state["rollouts"], state["seconds"]
         if state["price"] is not None:
             self.price = Price(state["price"]["start"])
             self.price.coefficients = state["price"]["coefficients"]
+
+    def _check_settings(self, kept: AdaPolicy) -> None:
+        """Raise ConfigError if the folder's training had other settings than those that shall go on."""
+
+        def settings(policy: AdaPolicy, training: dict[str, Any]) -> dict[str, Any]:
+            chosen = {"storage": policy.config.storage_name, "rho": policy.config.rho}
+            return chosen | {name: training.get(name) for name in FIXED}
+
+        ours = json.loads(json.dumps(settings(self.policy, asdict(self.config))))
+        for name, theirs in settings(kept, kept.config.training).items():
+            if theirs != ours[name]:
+                raise ConfigError(
+                    f"{self.folder.name} holds a training with {name} {theirs!r}, got {ours[name]!r}; choose another folder"
+                )
+
+
+def drop_later_lines(log: Path, update: int) -> None:
+    """Keep a log's lines up to this update; what was done after the last checkpoint will be done again."""
+    if not log.exists():
+        return
+    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["update"] <= update]
+    new = log.with_name(log.name + ".new")
+    new.write_text("".join(kept))
+    new.replace(log)
