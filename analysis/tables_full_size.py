@@ -98,4 +98,6 @@ def row(record: Record) -> list[str]:
 
 
 def peaks(record: Record) -> str:
+    if record["peak_bytes"] is None:
+        return "not measured"
     return f"{record['baseline_peak_bytes'] / 2**20:,.0f} / {record['peak_bytes'] / 2**20:,.0f} MiB"

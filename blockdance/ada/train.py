@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from blockdance.ada import POLICY_FILE
 from blockdance.ada.curves import write_curves
-from blockdance.ada.policy import RHO, check_rho
+from blockdance.ada.policy import RHO
 from blockdance.ada.quality import QUALITIES, quality_named
 from blockdance.ada.reinforce import BASELINES
 from blockdance.ada.rollouts import Environment
@@ -82,7 +82,6 @@ def train(args: argparse.Namespace) -> None:
         savings=None if args.one_saving else TrainConfig.savings, quality_weight=args.quality_weight,
         learning_rate=args.learning_rate, entropy_weight=args.entropy_weight, seed=args.seed,
     )  # fmt: skip
-    check_rho(args.rho, config.steps)
     check_at_least("minutes", args.minutes, 0)
     check_at_least("guidance", args.guidance, 0)
     prompts, quality = read_lines(args.prompts), quality_named(args.quality)

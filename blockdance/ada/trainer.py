@@ -262,8 +262,10 @@ class Trainer:
         """All processes learn from all savings, so that they agree."""
         assert self.price is not None
         rows = torch.stack([wanted, saving, torch.full_like(wanted, num_steps)], dim=1)
-        for row in self._gathered(rows):
-            self.price.learn(row[:1], row[1:2], int(row[2]))
+        gathered = self._gathered(rows)
+        for steps in gathered[:, 2].unique():  # processes may draw different numbers of steps
+            some = gathered[gathered[:, 2] == steps]
+            self.price.learn(some[:, 0], some[:, 1], int(steps))
 
     def _keep(self) -> None:
         """Write the policy and all it takes to go on."""
@@ -290,7 +292,7 @@ class Trainer:
         kept.check(self.environment.pipe.transformer)
         self._check_settings(kept)
         state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
-        self.policy.network.load_state_dict(state.get("network") or kept.network.state_dict())  # older states lack it
+        self.policy.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.update, self.rollouts, self.seconds = state["update"], state["rollouts"], state["seconds"]
         if state["price"] is not None:
