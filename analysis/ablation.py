@@ -21,9 +21,10 @@ from blockdance.demo import PROFILE_FILE
 
 ABLATION_RESULTS = RESULTS.with_name("ada_ablation.jsonl")
 STEPS = 20
+UPDATES = 50
 PICTURES = 32
 SAVING = 0.5
-COMMON = ("--steps", str(STEPS), "--updates", "60", "--learning-rate", "1e-3")
+COMMON = ("--steps", str(STEPS), "--updates", str(UPDATES), "--scenes", "2", "--learning-rate", "1e-3")
 FIXED = ("--one-saving", "--quality-weight", "100")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (*FIXED, "--cutoffs", "12", "--baseline", "none"),

@@ -10,7 +10,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
-from analysis.ablation import read_ablation, render_ablation
+from analysis.ablation import UPDATES, read_ablation, render_ablation
 from analysis.records import BenchError, Record
 from analysis.tables import between_markers, named, table
 from analysis.tables_compare import RESAMPLES, Point, by_steps, point, short
@@ -33,9 +33,9 @@ BINS = 16
 """Rows of the heatmap, each of as many pictures."""
 SHOWN_SAVING = "0.55"
 ABLATION = (
-    "Each extension beside the paper's form: trained for 60 updates with {steps} steps, each measured on {pictures} held-out "
-    "prompts. Savings differ, so the planner's schedule with as many reuse steps stands beside each. `python -m "
-    "analysis ada-ablation DIR` trained and measured them."
+    "Each extension beside the paper's form: trained for {updates} updates with {steps} steps, each measured on "
+    "{pictures} held-out prompts. Savings differ, so the planner's schedule with as many reuse steps stands beside each. "
+    "`python -m analysis ada-ablation DIR` trained and measured them."
 )
 
 
@@ -136,7 +136,8 @@ def render_ada(lines: Sequence[Record], results: str) -> str:
         parts += [f"**{steps} steps.** {said(some)}", f"{summary}\n\n{rows_of(some)}\n\n</details>"]
     ablation = read_ablation()
     if ablation:
-        parts += [ABLATION.format(pictures=len({line["prompt"] for line in ablation}), steps=ablation[0]["steps"])]
+        pictures = len({line["prompt"] for line in ablation})
+        parts += [ABLATION.format(pictures=pictures, steps=ablation[0]["steps"], updates=UPDATES)]
         parts += [render_ablation(ablation)]
     return "\n\n".join(parts)
 

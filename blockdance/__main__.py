@@ -86,14 +86,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help=f"sampling steps, 1 to {MAX_STEPS} (default: 30, or the preset's)")
     parser.add_argument("--seed", type=int, default=0, help=f"seed of the noise, 0 to {MAX_SEED} (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 to 20 (default: 4, or the preset's)")
-    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: DDIM, or the preset's, or "
-        f"{OWN} for a folder whose model fits only its own scheduler)")
+    parser.add_argument(
+        "--sampler",
+        help=f"one of {', '.join(SAMPLERS)} (default: DDIM, or the preset's, or "
+        f"{OWN} for a folder whose model fits only its own scheduler)",
+    )
     defaults = ReuseConfig()
     parser.add_argument(
         "--reuse-interval",
         type=int,
-        help="the paper's N: one cache step, then N - 1 reuse steps; 1 never reuses "
-        f"(default: {defaults.reuse_interval})",
+        help=f"the paper's N: one cache step, then N - 1 reuse steps; 1 never reuses (default: {defaults.reuse_interval})",
     )
     parser.add_argument(
         "--cutoff-block",
@@ -114,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target-speedup",
         type=float,
-        help=f"let the planner choose a schedule with this ideal speedup, above 1, which leaves out the four above ({DEMO} alone)",
+        help=f"let the planner choose a schedule with this ideal speedup, above 1, and leave out the four above ({DEMO} alone)",
     )
     parser.add_argument(
         "--storage",

@@ -517,14 +517,13 @@ def test_a_training_that_was_killed_at_any_moment_goes_on_to_the_same_end(tmp_pa
         assert torch.equal(weight, again.policy.network.state_dict()[name])
 
 
-def test_a_state_from_before_it_held_the_weights_goes_on_with_those_of_the_policy(one_update: Path, tmp_path: Path) -> None:
-    for name in ("policy.safetensors", "log.jsonl"):
-        (tmp_path / name).write_bytes((one_update / name).read_bytes())
-    state = torch.load(one_update / "state.pt", weights_only=True)
-    del state["network"]
-    torch.save(state, tmp_path / "state.pt")
-    kept = AdaPolicy.load(tmp_path / "policy.safetensors").network.state_dict()
-    assert all(torch.equal(weight, kept[name]) for name, weight in trainer(tmp_path).policy.network.state_dict().items())
+def test_the_price_moves_once_an_update_however_many_pictures_the_update_saw(tmp_path: Path) -> None:
+    learner, moved = trainer(tmp_path), []
+    for pictures in (1, 8):
+        learner.price = Price(10.0)
+        learner._learn_price(torch.full((pictures,), 0.5), torch.full((pictures,), 0.7), 30)
+        moved.append(learner.price.coefficients[30])
+    assert torch.allclose(*moved) and moved[0].any()
 
 
 def test_all_processes_stop_and_keep_when_the_time_of_one_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

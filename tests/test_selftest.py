@@ -60,7 +60,12 @@ class Remembering(Plain):
     """Blocks that may write into a cache."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, timestep: Tensor, kv_caches: Any = None, kv_cache_mode: Any = None, return_dict: bool = True
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        kv_caches: Any = None,
+        kv_cache_mode: Any = None,
+        return_dict: bool = True,
     ) -> tuple[Tensor]:
         if kv_caches is not None:
             kv_caches.append(hidden_states)
@@ -149,5 +154,6 @@ def test_every_class_of_diffusers_that_takes_a_kv_cache_is_refused_or_has_an_ada
     transformers = diffusers.models.transformers
     models = [getattr(transformers, name) for name in dir(transformers)]
     classes = [model for model in models if isinstance(model, type) and issubclass(model, nn.Module)]
-    fill = {one.__name__ for one in classes if any(name.startswith("kv_cache") for name in inspect.signature(one.forward).parameters)}
+    parameters = {model.__name__: inspect.signature(model.forward).parameters for model in classes}
+    fill = {model for model, names in parameters.items() if any(name.startswith("kv_cache") for name in names)}
     assert "GlmImageTransformer2DModel" in fill and fill <= REFUSED.keys() | STACKS.keys()
