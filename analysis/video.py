@@ -19,7 +19,7 @@ from blockdance.scheduled import depth_of
 
 VIDEO_RESULTS = RESULTS.with_name("video.jsonl")
 PROMPTS = (
-    "grinning face", "winking face", "loudly crying face", "sparkling heart", "lion face", "giraffe", "octopus", "skull",
+    "grinning face", "pouting face", "clown face", "sparkling heart", "cat face", "unicorn face", "turtle", "dragon",
 )  # fmt: skip
 INTERVALS = (2, 3, 4)
 ROUNDS = 3

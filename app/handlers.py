@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from analysis.experiment import Request, RequestError
+from analysis.experiment import Request, RequestError, default_sampler
 from analysis.machine import describe_machine
 from analysis.pictures import Picture
 from analysis.scene import Json
@@ -134,15 +134,18 @@ class Handlers:
         self, prompt: str, seed: int, steps: int, guidance: float,
         reuse_interval: int, cutoff_block: int, window_start: float, window_end: float, model: str = DEMO,
     ) -> tuple[Picture, Picture, dict[str, Any]]:  # fmt: skip
-        """Draw `prompt` with the plain DDIM sampler and with BlockDance from the same noise; `model` is one the page offers.
+        """Draw `prompt` plainly (with DDIM where it fits) and with BlockDance from the same noise.
+
+        `model` is one the page offers.
 
         Returns the baseline picture, the BlockDance picture (both PNG), and all figures: the keys of the command line's
         result.json, and `unknown_words`, `nearest_words` (those spelled like them) and `fewer_steps` besides.
         """
         try:
-            request = Request(prompt, seed, steps, guidance)
             config = ReuseConfig(reuse_interval, cutoff_block, window_start, window_end)
+            Request(prompt, seed, steps, guidance)  # refused before a model is loaded
             engine = self.models.engine(model)
+            request = Request(prompt, seed, steps, guidance, default_sampler(engine.pipe))
             *_, last = engine.views(request, config)
         except BlockDanceError as error:
             raise gr.Error(f"{error}.", print_exception=False) from error

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from blockdance.adapters import transformer_of
-from blockdance.errors import SessionError, UnsupportedModelError
+from blockdance.errors import ScheduleError, SessionError, UnsupportedModelError
 from blockdance.patch import ACTIVE, check_free, scheduler_class, swapped, transformer_class
 from blockdance.session import ModelCall, Part, Session
 
@@ -24,6 +24,8 @@ class ScheduledSession(Session):
         self._evaluation = 0
         self._step_calls: list[ModelCall] = []
         self._branches = 0
+        self._unfit: ScheduleError | None = None
+        """Why the run that began cannot be."""
 
     def after_set_timesteps(self, *_: Any, **__: Any) -> None:
         """A run begins."""
@@ -52,11 +54,17 @@ class ScheduledSession(Session):
 
     def _begin_places(self, places: list[tuple[int, int]]) -> None:
         self._places, self._evaluation, self._branches, self._step_calls = places, 0, 0, []
-        self.begin_run(places[-1][0] + 1 if places else 0)
+        self._unfit = None
+        try:
+            self.begin_run(places[-1][0] + 1 if places else 0)
+        except ScheduleError as error:  # image-to-image says only afterwards how many of its steps it runs
+            self._unfit = error
 
     def next_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
         if not self._places:
             raise SessionError("the transformer was called before scheduler.set_timesteps; call it inside the with block")
+        if self._unfit is not None:
+            raise self._unfit
         if self._evaluation >= len(self._places):
             raise SessionError(f"the run of {self.num_steps} steps is over; call scheduler.set_timesteps to start another")
         self._branches += 1

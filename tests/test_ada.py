@@ -523,7 +523,7 @@ def test_the_price_moves_once_an_update_however_many_pictures_the_update_saw(tmp
         learner.price = Price(10.0)
         learner._learn_price(torch.full((pictures,), 0.5), torch.full((pictures,), 0.7), 30)
         moved.append(learner.price.coefficients[30])
-    assert torch.allclose(*moved) and moved[0].any()
+    assert torch.allclose(moved[0], moved[1]) and moved[0].any()
 
 
 def test_all_processes_stop_and_keep_when_the_time_of_one_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusion3Img2ImgPipeline
 from torch import Tensor
 
-from blockdance import ReuseConfig, Schedule, accelerate
+from blockdance import ReuseConfig, Schedule, ScheduleError, accelerate
 from tests.test_adapters import Loop
 from tests.zoo import ZOO, sd3_pipeline
 
@@ -134,5 +134,13 @@ def test_a_run_from_a_picture_counts_the_steps_that_run(
     assert trace.kinds == "f" * steps and trace.block_evaluations == DEPTH * steps
     with accelerate(img2img, ReuseConfig(2, 1, 0.0, 1.0)) as trace:
         assert not torch.equal(plain, draw())
-    assert trace.kinds == "cr" * (steps // 2)
+    reused = trace.kinds
+    assert reused == "cr" * (steps // 2)
     assert trace.block_evaluations == (DEPTH + DEPTH - 2) * (steps // 2)
+    with accelerate(img2img, Schedule.parse(reused, 1)) as trace:
+        draw()
+    assert trace.kinds == reused
+    if steps < 10:
+        whole, told = Schedule.parse("cr" * 5, 1), f"10 steps, the run has {steps}"
+        with pytest.raises(ScheduleError, match=told), accelerate(img2img, whole):
+            draw()

@@ -19,7 +19,7 @@ COMPOSITIONS = (
     "two red hearts",
 )  # fmt: skip
 """16 combinations of words it knows that are no caption of a training picture."""
-CLIPS = ("grinning face", "winking face", "sparkling heart", "lion face", "giraffe", "octopus", "skull", "dragon")
+CLIPS = ("grinning face", "pouting face", "clown face", "sparkling heart", "cat face", "unicorn face", "turtle", "dragon")
 """Names that the video model was trained with."""
 LABEL_PIXELS = 16
 

@@ -23,13 +23,12 @@ from assets.recipe.data import Pack
 from assets.recipe.inflate import inflated
 from assets.recipe.learner import Learner, add_arguments, run
 from assets.recipe.model import MAX_WORDS
-from assets.recipe.sheet import contact_sheet
+from assets.recipe.sheet import CLIPS, contact_sheet
 from assets.recipe.train import tokens_of
 from blockdance.demo import DemoVideoPipeline, load_demo_pipeline, load_demo_video_pipeline
 
 DROPPED = 0.1
 """Share of clips that are shown without their caption, for guidance."""
-SHEET_PROMPTS = ("grinning face", "winking face", "sparkling heart", "lion face", "giraffe", "octopus", "skull", "swan")
 
 
 def new_pipeline(frames: int) -> DemoVideoPipeline:
@@ -79,7 +78,7 @@ def checkpoint(learner: Learner, pipe: DemoVideoPipeline, folder: Path) -> None:
     """Write the pipeline with averaged weights, and a sheet with a clip in every row."""
     made = averaged(learner, pipe)
     made.save_pretrained(folder / "pipeline")
-    clips = made(list(SHEET_PROMPTS), generator=torch.Generator().manual_seed(0)).frames
+    clips = made(list(CLIPS), generator=torch.Generator().manual_seed(0)).frames
     frames: list[Image.Image] = [frame for clip in clips for frame in clip]
     contact_sheet(frames, columns=len(clips[0])).save(folder / f"sheet-{learner.updates:06d}.png")
 

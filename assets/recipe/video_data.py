@@ -20,6 +20,8 @@ from assets.recipe.data import NAMES, Pack, captions_of, fetch, is_subject, on_w
 CLIPS = tuple(f"@lobehub/fluent-emoji-anim-{part}@1.0.0" for part in (1, 2, 3, 4))
 CATEGORIES = ("Animals & Nature", "Smileys & Emotion")
 FRAMES = 8
+SUBJECTS = 64
+"""What two CPU cores can learn in an hour; there are 262."""
 LEAST_MOTION = 1.0
 """Of 255: mean difference between frames that are neighbours. What moves less counts as still."""
 
@@ -42,8 +44,8 @@ def motion(frames: np.ndarray) -> float:
     return float(np.abs(frames.astype(np.float32) - np.roll(frames, 1, axis=0)).mean())
 
 
-def pack(clips_folders: Sequence[Path], names_folder: Path, frames: int) -> Pack:
-    """Clips of the chosen categories that move, uint8 (n, frames, 64, 64, 3)."""
+def pack(clips_folders: Sequence[Path], names_folder: Path, frames: int, subjects: int) -> Pack:
+    """Clips of the chosen categories that move, at most so many, evenly over all: uint8 (n, frames, 64, 64, 3)."""
     files = {path.stem.replace("-fe0f", ""): path for folder in clips_folders for path in (folder / "assets").glob("*.webp")}
     pictures, captions = [], []
     entries = json.loads((names_folder / "emoji.json").read_text())
@@ -55,17 +57,19 @@ def pack(clips_folders: Sequence[Path], names_folder: Path, frames: int) -> Pack
         if found is not None and motion(found) >= LEAST_MOTION:
             pictures.append(found)
             captions.append(captions_of(entry))
-    return Pack(np.stack(pictures), captions)
+    chosen = np.linspace(0, len(captions) - 1, min(subjects, len(captions))).round().astype(int)
+    return Pack(np.stack(pictures)[chosen], [captions[k] for k in chosen])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/clips.npz"))
     parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--subjects", type=int, default=SUBJECTS, help="at most (default: %(default)s; there are 262)")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         folders = [fetch(package, Path(folder)) for package in (NAMES, *CLIPS)]
-        packed = pack(folders[1:], folders[0], args.frames)
+        packed = pack(folders[1:], folders[0], args.frames, args.subjects)
     packed.save(args.out)
     print(f"{len(packed.captions)} clips, {args.out.stat().st_size / 2**20:.1f} MiB in {args.out}")
 
