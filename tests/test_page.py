@@ -656,6 +656,8 @@ def test_ada_draws_two_prompts_side_by_side_with_their_schedules(page: Page) -> 
     for figure in figures.all():
         expect(figure).to_contain_text("of 18 decided steps reuse")
         expect(figure).to_contain_text("LPIPS")
+    simple, complex_one = (int(figure.inner_text().split(" of 18 decided")[0].split()[-1]) for figure in figures.all())
+    assert simple > complex_one
     page.get_by_label("A simple prompt").fill(" ")
     page.get_by_role("button", name="Let Ada draw both").click()
     expect(page.get_by_text("Type two prompts.").first).to_be_visible()

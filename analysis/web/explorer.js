@@ -210,7 +210,7 @@ const SKELETON = `
 <aside class="bd-tour" role="dialog" aria-label="Tour" tabindex="-1" hidden></aside>`;
 
 const MODES = {wipe: "wipe", flip: "flip", difference: "difference ×8"};
-const PAIR = ["SIMPLE", "COMPLEX"]; // of the held-out prompts, where the policy's schedules differ much
+const PAIR = ["sleepy face", "articulated lorry"]; // held-out prompts, on which the policy's schedules differ much
 const MOST_SCENES = 40; // live ones kept; of each a few hundred kilobytes
 const NOT_SHIPPED = "Not among the shipped comparisons: this site has no model to run. " +
   "N = 2, 3, 4 with cutoff 3, 6, 9 or 12, and the window from 0.40 to 0.95 or from 0 to 1, are.";
@@ -572,7 +572,7 @@ class Explorer {
     pair.onsubmit = (event) => {
       event.preventDefault();
       const prompts = [pair.simple.value, pair.complex.value];
-      if (prompts.every((prompt) => prompt.trim())) this.order("decide", "pair", {prompts, saving: this.state.saving});
+      if (prompts.every((prompt) => prompt.trim())) this.order("decide", ["pair", ...prompts].join("|"), {prompts, saving: this.state.saving});
       else this.notice("Type two prompts.");
     };
   }
@@ -606,8 +606,8 @@ class Explorer {
 
   /** A schedule as a row of colours, and over it the probability of a cache step. */
   drawBand(c, {schedule, first, probabilities}, width, height) {
-    const cell = width / schedule.length;
-    [...schedule].forEach((kind, step) => { c.fillStyle = KIND_COLOURS[kind]; c.fillRect(step * cell + 1, 0, cell - 2, height); });
+    const kinds = [...schedule.replace(/\d+/g, "")], cell = width / kinds.length; // reuse steps may name their blocks
+    kinds.forEach((kind, step) => { c.fillStyle = KIND_COLOURS[kind]; c.fillRect(step * cell + 1, 0, cell - 2, height); });
     this.drawProbabilities(c, first, probabilities, 0, cell, 6, height - 12);
   }
 

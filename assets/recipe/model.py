@@ -1,5 +1,7 @@
 """The parts of the model in the box before training: tokenizer, text encoder, transformer, scheduler."""
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from tokenizers import Tokenizer
@@ -15,9 +17,9 @@ MAX_WORDS = 16
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
-def build_tokenizer(captions: list[list[str]]) -> PreTrainedTokenizerFast:
-    """One token per word that occurs in a caption, `</s>` at the end, everything else `<unk>`."""
-    known = sorted({word for group in captions for caption in group for word in caption.split()})
+def build_tokenizer(captions: list[list[str]], styles: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """One token per style and per word that occurs in a caption, `</s>` at the end, everything else `<unk>`."""
+    known = sorted({word for group in captions for caption in group for word in caption.split()} | set(styles))
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *known])}
     core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = Lowercase()

@@ -2,10 +2,12 @@
 
     python -m assets.recipe.train --updates 8000 --out build/velocity
     python -m assets.recipe.train --updates 1000 --prediction epsilon --out build/noise
+    python -m assets.recipe.train --updates 60000 --data build/styles.npz --vae build/vae-styles --blocks 28 --width 192 \\
+        --batch 256 --ema 0.9999 --reorder 0.1 --out build/styles    # on a GPU
 
 Muon for the blocks' matrices, AdamW for the rest, EMA, bf16 autocast, `torch.compile`. The rate is constant for half
-of the updates and then falls linearly to zero. A second call with the same `--out` continues where the first stopped.
-Runs on a GPU when there is one.
+of the updates and then falls linearly to zero. A second call with the same `--out` continues where the first stopped;
+`--start FOLDER` begins from the weights of a pipeline as deep and wide. Runs on a GPU when there is one.
 """
 
 import argparse
@@ -15,27 +17,52 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from assets.recipe.autoencoder import latents_of, to_tensor
 from assets.recipe.data import Pack
 from assets.recipe.learner import Learner, add_arguments, run
 from assets.recipe.model import MAX_WORDS, build_scheduler, build_text_encoder, build_tokenizer, build_transformer
 from assets.recipe.sheet import contact_sheet
-from blockdance.demo import DemoPipeline
+from blockdance.demo import DemoPipeline, load_demo_pipeline
 
 SHEET_PROMPTS = ("red apple", "octopus", "grinning face", "house with garden", "pizza", "cat face", "rocket", "tulip")
 
 
-def pick_caption(group: list[str], generator: random.Random) -> str:
-    """Mostly the full name, sometimes a short name or one word fewer, and one time in ten nothing (for guidance)."""
+def pick_caption(group: list[str], generator: random.Random, style: str = "", reorder: float = 0.0) -> str:
+    """Mostly the full name, sometimes a short name or one word fewer, and one time in ten nothing (for guidance).
+
+    Args:
+        group: the captions of a picture.
+        generator: of the chance.
+        style: a word before the caption, nine times in ten.
+        reorder: how often words change places.
+    """
     if generator.random() < 0.1:
         return ""
     caption = group[0] if generator.random() < 0.6 else generator.choice(group)
     parts = caption.split()
     if len(parts) > 2 and generator.random() < 0.15:
         parts.pop(generator.randrange(len(parts)))
-    return " ".join(parts)
+    if generator.random() < reorder:
+        generator.shuffle(parts)
+    return " ".join([style, *parts] if style and generator.random() < 0.9 else parts)
+
+
+@torch.no_grad()
+def begin_from(
+    start: DemoPipeline, tokenizer: PreTrainedTokenizerFast, text_encoder: T5EncoderModel, transformer: PixArtTransformer2DModel
+) -> None:
+    """Take over the weights of a pipeline of the same depth and width, and those of every word that both know."""
+    transformer.load_state_dict(start.transformer.state_dict())
+    ours, theirs = (encoder.get_input_embeddings().weight for encoder in (text_encoder, start.text_encoder))
+    inner = {name: weight for name, weight in start.text_encoder.state_dict().items() if weight.shape != theirs.shape}
+    text_encoder.load_state_dict(inner, strict=False)
+    known = start.tokenizer.get_vocab()
+    for word, row in tokenizer.get_vocab().items():
+        if word in known:
+            ours[row] = theirs[known[word]]
 
 
 def tokens_of(learner: Learner, captions: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +119,8 @@ def main() -> None:
     parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     parser.add_argument("--blocks", type=int, default=14)
     parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--reorder", type=float, default=0.0, help="how often a caption's words change places (default: never)")
+    parser.add_argument("--start", type=Path, help="folder of a pipeline to begin from")
     add_arguments(parser)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -101,9 +130,11 @@ def main() -> None:
     pack = Pack.load(args.data)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     latents = latents_of(vae.to(device), to_tensor(pack.pictures).to(device))
-    tokenizer = build_tokenizer(pack.captions)
+    tokenizer = build_tokenizer(pack.captions, pack.styles)
     transformer = build_transformer(args.blocks, args.width).to(device)
     text_encoder = build_text_encoder(len(tokenizer), args.width).to(device)
+    if args.start is not None:
+        begin_from(load_demo_pipeline(args.start), tokenizer, text_encoder, transformer)
     learner = Learner(tokenizer, text_encoder, transformer, transformer.transformer_blocks, args)
     if (args.out / "state.pt").exists():
         learner.load(args.out)
@@ -116,7 +147,9 @@ def main() -> None:
 
     def loss_of_batch() -> torch.Tensor:
         chosen = torch.randint(len(latents), (args.batch,))
-        ids, mask = tokens_of(learner, [pick_caption(pack.captions[i], generator) for i in chosen.tolist()], device)
+        styles = pack.styles or [""] * len(pack.captions)
+        captions = [pick_caption(pack.captions[i], generator, styles[i], args.reorder) for i in chosen.tolist()]
+        ids, mask = tokens_of(learner, captions, device)
         return diffusion_loss(learner, scheduler, latents[chosen.to(device)], ids, mask)
 
     run(learner, args, loss_of_batch, lambda: checkpoint(learner, scheduler, vae, args.out))

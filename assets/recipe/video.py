@@ -102,7 +102,8 @@ def main() -> None:
     pipe = new_pipeline(pack.pictures.shape[1]) if args.start is None else load_demo_video_pipeline(args.start)
     pipe.to(device)
     latents = clip_latents(pipe.vae, pack.pictures, device)
-    pipe.transformer.train(), pipe.text_encoder.train()
+    for net in (pipe.transformer, pipe.text_encoder):
+        net.train()
     learner = Learner(pipe.tokenizer, pipe.text_encoder, pipe.transformer, pipe.transformer.blocks, args)
     if (args.out / "state.pt").exists():
         learner.load(args.out)
