@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,8 @@ KEEP_SECONDS = 3600
 QUEUE_LENGTH = 32
 HEAD = '<link rel="stylesheet" href="web/explorer.css"><script src="web/explorer.js"></script>'
 ON_LOAD = """
-// Its events, which Gradio knows from here: 'run', 'measure', 'animate', 'choose', 'plan', 'decide', 'stop'.
+// Its events, which Gradio knows from here: 'run', 'measure', 'animate', 'choose', 'plan', 'decide',
+// 'stop_run', 'stop_measure', 'stop_animate', 'stop_choose', 'stop_plan', 'stop_decide'.
 const explorer = BlockDance.mount(element.querySelector('.bd-root'), {
   atlas: 'atlas/', plotly: 'plotly/plotly.min.js', live: trigger, settings: SETTINGS});
 watch('value', () => { if (props.value) explorer.receive(JSON.parse(props.value)); });
@@ -49,17 +51,23 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         common = {"outputs": explorer, "api_visibility": "private", "trigger_mode": "multiple", "show_progress": "minimal",
                   "show_progress_on": queue}  # fmt: skip
         model = common | {"concurrency_id": "model", "concurrency_limit": 1}
-        running = [
-            explorer.run(answering(handlers.run), None, **model),
-            explorer.measure(answering(handlers.measure), None, **model),
-            explorer.animate(answering(handlers.animate), None, **model),
-            explorer.decide(answering(handlers.decide), None, **model),
-            explorer.choose(answering(handlers.choose), None, **common, concurrency_id="loading"),
-            explorer.plan(answering(handlers.plan), None, **common, concurrency_id="planning"),
-        ]
-        explorer.stop(None, cancels=running, queue=False, api_visibility="private")
+        running = {
+            "run": explorer.run(answering(handlers.run), None, **model),
+            "measure": explorer.measure(answering(handlers.measure), None, **model),
+            "animate": explorer.animate(answering(handlers.animate), None, **model),
+            "decide": explorer.decide(answering(handlers.decide), None, **model),
+            "choose": explorer.choose(answering(handlers.choose), None, **common, concurrency_id="loading"),
+            "plan": explorer.plan(answering(handlers.plan), None, **common, concurrency_id="planning"),
+        }
+        for name, job in running.items():  # one event for all would also stop what is ordered while it stops the first
+            getattr(explorer, f"stop_{name}")(stopped, None, cancels=[job], queue=False, **common)
         add_endpoint(handlers)
     return page.queue(max_size=QUEUE_LENGTH)
+
+
+def stopped() -> str:
+    """Tell the page that what ran is stopped, so that it places its next order."""
+    return json.dumps({"stopped": time.time_ns()})
 
 
 def answering(handler: Callable[[Json], Iterator[Json]]) -> Callable[[gr.EventData], Iterator[str]]:

@@ -1,6 +1,7 @@
 """The explorer in a real browser, over the app: what a visitor sees, moves and stops."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,7 @@ def test_the_tour_can_be_taken_from_start_to_end(page: Page, calls: Calls) -> No
     tour.get_by_role("button", name="Next").click()
     act_and_go_on("Let Ada decide", "Switch it on")
     expect(tour.locator(".bd-done")).to_contain_text("Done: fffffffffffc")
+    expect(page.locator(".bd-status p")).to_contain_text("computed live")
     tour.get_by_role("button", name="Next").click()
     asked = calls.total
     act_and_go_on("Your turn", "Back to the paper's window")
@@ -517,6 +519,7 @@ def test_the_python_to_copy_draws_what_the_page_shows(
         permissions=["clipboard-read", "clipboard-write"],
     )
     wait_for_live(page)
+    page.bring_to_front()  # the clipboard is for a page with the focus
     page.get_by_role("button", name="Copy Python").click()
     expect(page.locator(".bd-notices")).to_contain_text("Python copied.")
     names: dict[str, Any] = {}
@@ -533,7 +536,10 @@ def test_the_python_to_copy_draws_what_the_page_shows(
 def test_the_python_to_copy_loads_the_model_that_is_shown(page: Page) -> None:
     request = {"prompt": "tabby", "seed": 0, "steps": 50, "guidance": 4, "sampler": "DDIM"}
     told = page.evaluate(
-        """defaults => BlockDance.mount(document.createElement("div"), {atlas: "atlas/", settings: {defaults}}).python()""",
+        """defaults => {
+            history.replaceState(null, "", location.pathname);  // or the address would say what is shown
+            return BlockDance.mount(document.createElement("div"), {atlas: "atlas/", settings: {defaults}}).python();
+        }""",
         {"model": "dit-xl-2-256", "request": request, "config": PAPER},
     )
     assert (
@@ -560,6 +566,14 @@ def test_a_second_run_sees_its_place_in_the_queue_and_the_atlas_does_not_wait(
     expect(second.locator("#queue")).to_contain_text("queue: 1/1")
     wait_for_live(second)
     second.close()
+
+
+def test_an_order_of_another_kind_while_a_run_is_on_is_carried_out(page: Page) -> None:
+    page.get_by_label("Or let Ada decide").check()
+    expect(page.locator(".bd-edited")).to_contain_text("Ada decided the schedule.")
+    expect(page.locator(".bd-status p")).to_contain_text(re.compile("BlockDance|fewer steps"))  # it is being drawn
+    page.get_by_role("button", name="octopus").click()
+    expect(page.locator(".bd-status p")).to_contain_text("“octopus”, seed 0")
 
 
 def test_the_stop_button_ends_a_run_and_the_page_stays(page: Page) -> None:

@@ -210,6 +210,7 @@ const SKELETON = `
 <aside class="bd-tour" role="dialog" aria-label="Tour" tabindex="-1" hidden></aside>`;
 
 const MODES = {wipe: "wipe", flip: "flip", difference: "difference ×8"};
+const STOP_PATIENCE_MS = 1500; // until an order is placed though nobody said that the last one is stopped
 const PAIR = ["sleepy face", "articulated lorry"]; // held-out prompts, on which the policy's schedules differ much
 const MOST_SCENES = 40; // live ones kept; of each a few hundred kilobytes
 const NOT_SHIPPED = "Not among the shipped comparisons: this site has no model to run. " +
@@ -242,7 +243,7 @@ class Explorer {
     this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}),
                   edited: null, ada: false, saving: 0.5, storage: "latest", pinned: null, hover: null, scale: "cosine", mode: "wipe", wipe: 0.5, flipped: false};
     this.blocks = settings.num_blocks || 14;
-    this.waiting = null;
+    this.waiting = this.next = null; // the order that is waited for, and one that waits until the last is stopped
     this.ask = debounced(120, () => this.askNow());
     this.decideSoon = debounced(120, () => this.decideNow());
     this.drawPlots = debounced(150, () => this.drawPlotsNow());
@@ -328,6 +329,7 @@ class Explorer {
 
   /** News of a live run: {key, phase, progress, scene?, error?, unknown_words?, nearest_words?}. */
   receive(news) {
+    if (news.stopped) this.placeNext();
     if (news.scene) this.addScene(news.scene_key, news.scene);
     if (news.key && news.key === this.waiting?.key) {
       if (news.error || news.phase === "done") this.waiting = null;
@@ -418,12 +420,27 @@ class Explorer {
   /** Ask the app for what is shown; the newest order is the one waited for. */
   order(what, key, more = {}) {
     if (this.waiting?.key === key) return;
-    if (this.waiting) this.live("stop", {});
-    const {request, model} = this.state;
-    this.waiting = {key, phase: "waiting for the model", progress: 0};
+    const {request, model, storage} = this.state, before = this.waiting;
+    const order = {key, scene_key: this.sceneKey(), request, model, kinds: this.kinds, cutoff_block: this.cutoff, storage, ...more};
+    this.waiting = {what, key, phase: "waiting for the model", progress: 0};
     this.stopped = false;
-    this.live(what, {key, scene_key: this.sceneKey(), request, model, kinds: this.kinds, cutoff_block: this.cutoff, storage: this.state.storage, ...more});
+    if (this.next) this.next = [what, order];
+    else if (before) this.stopFor(before.what, [what, order]);
+    else this.live(what, order);
     this.render();
+  }
+
+  /** Stop what runs, and only then place the next order, which might be stopped with it. */
+  stopFor(running, next) {
+    this.next = next;
+    this.live(`stop_${running}`, {});
+    setTimeout(() => this.placeNext(), STOP_PATIENCE_MS);
+  }
+
+  placeNext() {
+    const next = this.next;
+    this.next = null;
+    if (next) this.live(...next);
   }
 
   /** What Ada decided on this picture at this wish, if that is known and shown. */
@@ -1274,7 +1291,7 @@ class Explorer {
   do_link() { this.copy(this.settingsUrl(), "Link"); }
   do_play() { if (this.playing) this.stopPlaying(); else this.play(); }
   do_unedit() { this.set({edited: null}); }
-  do_stop() { this.live("stop", {}); this.waiting = null; this.stopped = true; this.render(); }
+  do_stop() { if (this.waiting) this.live(`stop_${this.waiting.what}`, {}); this.next = this.waiting = null; this.stopped = true; this.render(); }
   do_measure() { this.order("measure", `${this.sceneKey()}|measure`); }
   do_animate() { this.order("animate", `${this.sceneKey()}|animate`); }
 
