@@ -1,7 +1,7 @@
 """Storage rules that were tried and not kept, so that the log's figures can be had again: `python -m analysis trials`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -122,15 +122,10 @@ def states_of(pipe: Any, prompt: str) -> Tensor:
     return torch.cat([observation.features(BLOCK, branch).flatten(1, 2) for branch in BRANCHES], dim=1)
 
 
-def with_one_cutoff(profile: Profile) -> Profile:
-    """The profile, for a planner that may reuse up to BLOCK alone."""
-    return replace(profile, products={BLOCK: profile.products[BLOCK]})
-
-
 def schedules(profile: Profile) -> dict[str, Schedule]:
     """What rules are tried on."""
     line, config = Extrapolated(), ReuseConfig(2, BLOCK, START)
-    planner = Planner(with_one_cutoff(profile), STEPS, line)
+    planner = Planner(profile, STEPS, line, one_cutoff=True)
     return {
         "N=2": fixed_schedule(config, STEPS, profile.num_blocks),
         "N=3": fixed_schedule(ReuseConfig(3, BLOCK, START), STEPS, profile.num_blocks),
@@ -177,8 +172,11 @@ def run_trials(
 
 def cutoffs_that_deepen(profile: Profile, speedup: float = 2.0) -> dict[str, float]:
     """The LPIPS that the planner expects with one cutoff, and with another on every step."""
-    plans = {"one cutoff": with_one_cutoff(profile), "a cutoff for each step": profile}
-    return {name: Planner(known, STEPS, Extrapolated()).for_speedup(speedup).predicted for name, known in plans.items()}
+    planners = {
+        "one cutoff": Planner(profile, STEPS, Extrapolated(), one_cutoff=True),
+        "a cutoff for each step": Planner(profile, STEPS, Extrapolated()),
+    }
+    return {name: planner.for_speedup(speedup).predicted for name, planner in planners.items()}
 
 
 def render_trials(found: dict[str, dict[str, tuple[float, float]]]) -> str:

@@ -14,6 +14,8 @@ from assets.recipe.data import Pack
 from assets.recipe.evaluation import (
     RESULTS,
     Embedding,
+    EvaluationError,
+    check_compositions,
     chosen_captions,
     evaluate_clips,
     evaluate_pictures,
@@ -88,6 +90,11 @@ def test_the_sheets_show_48_names_and_16_combinations_of_known_words() -> None:
     pipe, video = load_demo_pipeline(), load_demo_video_pipeline()
     assert not [word for prompt in (*CAPTIONS, *COMPOSITIONS) for word in pipe.unknown_words(prompt)]
     assert not [word for prompt in CLIPS for word in video.unknown_words(prompt)]
+
+
+def test_a_combination_that_was_trained_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="no training captions, got blue apple"):
+        check_compositions(Pack(np.zeros((1, 1, 1, 3), np.uint8), [["apple", "blue apple"]]))
 
 
 def test_a_sheet_has_a_cell_for_every_prompt() -> None:

@@ -35,7 +35,7 @@ from blockdance.demo import (
     DemoVideoPipeline,
     load_demo_pipeline,
     load_demo_video_pipeline,
-)  # fmt: skip
+)
 
 RESULTS = ROOT / "assets" / "results" / "model.json"
 SHEETS = (ROOT / "assets" / "contact_sheet.png", ROOT / "assets" / "contact_sheet_video.png")
@@ -138,6 +138,13 @@ def packed(file: Path, fetch: Any) -> Pack:
     return Pack.load(file)
 
 
+def check_compositions(pack: Pack) -> None:
+    """Raise EvaluationError if the model was trained with a caption that the sheet shows as a combination of its own."""
+    trained = {caption for group in pack.captions for caption in group} & set(COMPOSITIONS)
+    if trained:
+        raise EvaluationError(f"compositions must be no training captions, got {', '.join(sorted(trained))}")
+
+
 def seen(folder: Path) -> dict[str, Any]:
     """What the export wrote about the training."""
     told = json.loads((folder / "training.json").read_text())["transformer"]
@@ -167,11 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         embed = Embedding()
         pictures, clips = load_demo_pipeline(args.model), load_demo_video_pipeline(args.video)
         pack, moving = packed(args.data, data), packed(args.clips, video_data)
+        check_compositions(pack)
     except (BlockDanceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    captions = {caption for group in pack.captions for caption in group}
-    assert not captions & set(COMPOSITIONS), "a composition is no training caption"
     about = provenance()
     result = (
         {"model": "picture", "hardware": about["machine"], "steps": STEPS, "seed": 0} | seen(args.model)
