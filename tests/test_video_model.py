@@ -70,8 +70,7 @@ def training(folder: Path, updates: int) -> Learner:
     )
     pipe: Any = Tiny()
     learner = Learner(pipe.tokenizer, pipe.text_encoder, pipe.transformer, pipe.transformer.blocks, args)
-    if (folder / "state.pt").exists():
-        learner.load(folder)
+    learner.resume(folder)
     ids, latents = (
         pipe.tokenizer("red apple", padding="max_length", max_length=WORDS, return_tensors="pt"),
         torch.ones(1, 16, 2, 8, 8),

@@ -79,13 +79,24 @@ class Learner:
         torch.save(state, folder / "state.tmp")
         (folder / "state.tmp").replace(folder / "state.pt")
 
-    def load(self, folder: Path) -> None:
+    def resume(self, folder: Path) -> None:
+        """Go on from the folder's state, with other chance than before, if it holds one."""
+        if not (folder / "state.pt").exists():
+            return
         state = torch.load(folder / "state.pt", weights_only=True)
         self.nets.load_state_dict(state["nets"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.updates, self.seconds = state["updates"], state["seconds"]
+        torch.manual_seed(self.updates)
+
+
+def prepared(folder: Path) -> torch.device:
+    """Make a training's folder, seed the chance, and say where to train."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hardware() -> str:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from assets.recipe.autoencoder import latents_of, to_tensor
 from assets.recipe.data import Pack
-from assets.recipe.learner import Learner, add_arguments, run
+from assets.recipe.learner import Learner, add_arguments, prepared, run
 from assets.recipe.model import MAX_WORDS, build_scheduler, build_text_encoder, build_tokenizer, build_transformer
 from assets.recipe.sheet import contact_sheet
 from blockdance.demo import DemoPipeline, load_demo_pipeline
@@ -123,9 +123,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="folder of a pipeline to begin from")
     add_arguments(parser)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepared(args.out)
 
     pack = Pack.load(args.data)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
@@ -136,9 +134,7 @@ def main() -> None:
     if args.start is not None:
         begin_from(load_demo_pipeline(args.start), tokenizer, text_encoder, transformer)
     learner = Learner(tokenizer, text_encoder, transformer, transformer.transformer_blocks, args)
-    if (args.out / "state.pt").exists():
-        learner.load(args.out)
-        torch.manual_seed(learner.updates)
+    learner.resume(args.out)
     scheduler = build_scheduler(args.prediction)
     if not args.no_compile:
         learner.transformer.compile()

@@ -21,7 +21,7 @@ from torch import Tensor
 from assets.recipe.autoencoder import latents_of, to_tensor
 from assets.recipe.data import Pack
 from assets.recipe.inflate import inflated
-from assets.recipe.learner import Learner, add_arguments, run
+from assets.recipe.learner import Learner, add_arguments, prepared, run
 from assets.recipe.model import MAX_WORDS
 from assets.recipe.sheet import CLIPS, contact_sheet
 from assets.recipe.train import tokens_of
@@ -95,9 +95,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     add_arguments(parser)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepared(args.out)
     pack = Pack.load(args.data)
     pipe = new_pipeline(pack.pictures.shape[1]) if args.start is None else load_demo_video_pipeline(args.start)
     pipe.to(device)
@@ -105,9 +103,7 @@ def main() -> None:
     for net in (pipe.transformer, pipe.text_encoder):
         net.train()
     learner = Learner(pipe.tokenizer, pipe.text_encoder, pipe.transformer, pipe.transformer.blocks, args)
-    if (args.out / "state.pt").exists():
-        learner.load(args.out)
-        torch.manual_seed(learner.updates)
+    learner.resume(args.out)
     if not args.no_compile:
         learner.transformer.compile()
     generator = random.Random(learner.updates)
