@@ -26,6 +26,9 @@ from analysis.optional_rivals import REQUIREMENTS, is_installed
 from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.rivals import METHODS
 from analysis.site import export_site
+from analysis.styles import PROMPTS as STYLES_PROMPTS
+from analysis.styles import ROUNDS as STYLES_ROUNDS
+from analysis.styles import STYLES_RESULTS, measure_styles, render_styles, update_styles
 from analysis.tables import BEGIN, END, render, update_readme
 from analysis.tables_ada import ada_figure, render_ada, update_ada
 from analysis.tables_compare import CURVES, compare_figure, render_compare, short, update_compare, write_curves
@@ -34,7 +37,15 @@ from analysis.trials import TESTED_ON, cutoffs_that_deepen, render_trials, run_t
 from analysis.video import PROMPTS as VIDEO_PROMPTS
 from analysis.video import ROUNDS as VIDEO_ROUNDS
 from analysis.video import VIDEO_RESULTS, measure_video, render_video, update_video
-from blockdance import MIN_STEPS, BlockDanceError, load_demo_pipeline, load_demo_profile, load_demo_video_pipeline, own_profile
+from blockdance import (
+    MIN_STEPS,
+    BlockDanceError,
+    load_demo_pipeline,
+    load_demo_profile,
+    load_demo_styles_pipeline,
+    load_demo_video_pipeline,
+    own_profile,
+)
 from blockdance.ada import load_demo_policy
 from blockdance.demo import PROFILE_FILE
 from blockdance.storage import RULES
@@ -56,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_ablation(commands.add_parser("ada-ablation", help="train and measure each extension of Ada beside the paper's form"))
     add_trials(commands.add_parser("trials", help="try the storage rules of the log that were not kept"))
     add_video(commands.add_parser("video", help="measure reuse in the video model in the box"))
+    add_styles(commands.add_parser("styles", help="measure reuse in the three styles of the other picture model in the box"))
     add_atlas(commands.add_parser("atlas", help="compute the comparisons that the page ships with"))
     add_profile(commands.add_parser("profile", help="measure what the planner must know of the model in the box"))
     add_site(commands.add_parser("export-site", help="write the explorer as a static site"))
@@ -166,6 +178,19 @@ def add_video(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_video)
 
 
+def add_styles(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw the same subjects in every style with the plain sampler, with N = 2, 3, 4 and with fewer steps, and write a JSON "
+        "line for each style and N; about five minutes on two cores."
+    )
+    parser.add_argument(
+        "--prompts", nargs="+", help=f"what to draw, without a style (default: the first {STYLES_PROMPTS} of `compare`)"
+    )
+    parser.add_argument("--rounds", type=int, default=STYLES_ROUNDS, help="interleaved timing rounds (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=STYLES_RESULTS, help="default: assets/results/styles.jsonl")
+    parser.set_defaults(run=run_styles)
+
+
 def add_atlas(parser: argparse.ArgumentParser) -> None:
     settings = len(INTERVALS) * len(CUTOFFS) * len(WINDOWS)
     parser.description = (
@@ -224,6 +249,12 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=VIDEO_RESULTS,
         help="results file of the video model, if there is one (default: assets/results/video.jsonl)",
+    )
+    parser.add_argument(
+        "--styles",
+        type=Path,
+        default=STYLES_RESULTS,
+        help="results file of the model of three styles, if there is one (default: assets/results/styles.jsonl)",
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to update (default: README.md)")
     parser.set_defaults(run=tables)
@@ -330,6 +361,13 @@ def run_video(args: argparse.Namespace) -> None:
     print(f"\nwritten             {args.out}")
 
 
+def run_styles(args: argparse.Namespace) -> None:
+    prompts = args.prompts or read_prompts()[:STYLES_PROMPTS]
+    lines = measure_styles(load_demo_styles_pipeline(), perceptual_distance(), prompts, args.rounds, args.out)
+    print(render_styles(lines, str(args.out)))
+    print(f"\nwritten             {args.out}")
+
+
 def tables(args: argparse.Namespace) -> None:
     update_readme(args.readme, read_records(args.results), args.results)
     if args.compare.exists():
@@ -343,6 +381,8 @@ def tables(args: argparse.Namespace) -> None:
             write_png(ada_figure(read_records(args.ada)), args.ada.with_name("ada.png"), 1300, 900)
     if args.video.exists():
         update_video(args.readme, read_records(args.video), args.video)
+    if args.styles.exists():
+        update_styles(args.readme, read_records(args.styles), args.styles)
     if args.full_size.exists():
         update_full_size(args.readme, read_records(args.full_size), args.full_size)
     print(f"written             {args.readme}")

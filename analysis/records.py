@@ -25,6 +25,7 @@ COMMANDS = {
     "ada.jsonl": "ada",
     "ada_ablation.jsonl": "ada-ablation",
     "video.jsonl": "video",
+    "styles.jsonl": "styles",
 }
 """Of `python -m analysis`, by the name of the results file that it writes."""
 

@@ -213,6 +213,10 @@ class Engine:
         """The words of a prompt that the model never saw, if it can tell."""
         return self.pipe.unknown_words(prompt) if isinstance(self.pipe, WordModel) else []
 
+    def styles(self) -> list[str]:
+        """What a prompt may ask for by a word; none with a model of one style."""
+        return list(self.pipe.styles) if isinstance(self.pipe, WordModel) else []
+
     def nearest_words(self, words: list[str]) -> dict[str, list[str]]:
         """For each of these words the known ones that are spelled like it."""
         return {word: self.pipe.nearest_words(word) for word in words}

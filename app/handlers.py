@@ -179,6 +179,8 @@ def chosen(name: str, settings: Settings) -> Json:
         },
         "num_blocks": settings.num_blocks,
         "known_words": settings.known_words,
+        "styles": settings.styles,
+        "examples": settings.examples,
     }
 
 

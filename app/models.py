@@ -9,7 +9,7 @@ from analysis.experiment import Request, default_sampler
 from analysis.metrics import PerceptualDistance
 from app.engine import Engine
 from blockdance import ReuseConfig, UnsupportedModelError
-from blockdance.presets import DEMO, PRESETS, load_pipeline
+from blockdance.presets import DEMO, DEMO_STYLES, PRESETS, load_pipeline
 from blockdance.schedule import default_cutoff
 
 KEPT = 1
@@ -17,6 +17,7 @@ KEPT = 1
 one unused for longest, there is one more."""
 CLASS_PROMPT = "golden retriever"
 TEXT_PROMPT = "red apple"
+EXAMPLES = {DEMO_STYLES: ["guitar", "bicycle", "crown", "green car", "blue house", "green dog face"]}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Settings:
     num_blocks: int
     known_words: list[str] | None
     """The words or classes the model knows; None if it takes any text."""
+    styles: list[str]
+    """What a prompt may ask for by a word."""
+    examples: list[str]
+    """Prompts to begin with, beside those that ship."""
 
 
 class Models:
@@ -50,8 +55,10 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """To choose from: the first one, the model in the box, and those of the presets that draw pictures."""
-        return list(dict.fromkeys([self.first, DEMO, *(name for name, preset in PRESETS.items() if not preset.checkpoint)]))
+        """To choose from: the first one, the picture models in the box, and those of the presets that draw pictures."""
+        return list(
+            dict.fromkeys([self.first, DEMO, DEMO_STYLES, *(name for name, preset in PRESETS.items() if not preset.checkpoint)])
+        )
 
     def loaded(self, name: str) -> Engine | None:
         """The engine of a model that is in memory."""
@@ -91,17 +98,19 @@ class Models:
             UnsupportedModelError: the model cannot be loaded.
         """
         engine, preset = self.engine(name), PRESETS.get(name)
+        told = engine.num_blocks, engine.known_words(), engine.styles(), EXAMPLES.get(name, [])
         if preset is None:
             config = ReuseConfig(cutoff_block=default_cutoff(engine.num_blocks))
             request = Request(engine.first_prompt, sampler=default_sampler(engine.pipe))
-            return Settings(request, config, engine.num_blocks, engine.known_words())
+            return Settings(request, config, *told)
         request = Request(engine.first_prompt, 0, preset.steps, preset.guidance, preset.sampler)
-        return Settings(request, preset.config, engine.num_blocks, engine.known_words())
+        return Settings(request, preset.config, *told)
 
 
 def first_prompt(pipe: Any) -> str:
     """Something the model can draw: a class where it knows only classes."""
     labels = getattr(pipe, "labels", None)
     if not labels:
-        return TEXT_PROMPT
+        styles = getattr(pipe, "styles", ())
+        return pipe.in_style(TEXT_PROMPT, styles[0]) if styles else TEXT_PROMPT
     return CLASS_PROMPT if CLASS_PROMPT in labels else next(iter(labels))

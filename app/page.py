@@ -25,7 +25,7 @@ from analysis.site import WEB
 from app.handlers import Handlers, chosen
 from app.models import Models
 from blockdance import BlockDanceError
-from blockdance.presets import DEMO, PRESETS
+from blockdance.presets import DEMO, DEMO_STYLES, PRESETS
 
 KEEP_SECONDS = 3600
 QUEUE_LENGTH = 32
@@ -127,8 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default=DEMO,
-        help=f"the model to start with: {DEMO}, {', '.join(drawing)}, or the folder of a pipeline that draws pictures "
-        "(default: %(default)s, the model in the box)",
+        help=f"the model to start with: {DEMO}, {DEMO_STYLES}, {', '.join(drawing)}, or the folder of a pipeline that draws "
+        "pictures (default: %(default)s, the model in the box)",
     )
     return parser
 

@@ -48,8 +48,8 @@ from blockdance import (
     load_demo_profile,
     plan,
 )
-from blockdance.demo import WordModel
-from blockdance.presets import DEMO, DEMO_VIDEO, PRESETS, config_for, load_pipeline
+from blockdance.demo import STYLES, WordModel
+from blockdance.presets import DEMO, DEMO_STYLES, DEMO_VIDEO, PRESETS, config_for, load_pipeline
 from blockdance.scheduled import depth_of
 from blockdance.storage import RULES, rule_named
 
@@ -79,10 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default=DEMO,
-        help=f"{DEMO} is the small picture model that ships in assets/model, {DEMO_VIDEO} the video model in assets/video; "
+        help=f"{DEMO} is the small picture model that ships in assets/model, {DEMO_STYLES} the one with more subjects and "
+        f"three styles in assets/styles, {DEMO_VIDEO} the video model in assets/video; "
         f"{', '.join(PRESETS)} are the paper's, from the Hugging "
         "Face hub, with the paper's settings as defaults; or the folder of a diffusers pipeline (default: %(default)s)",
     )
+    parser.add_argument("--style", help=f"one of {', '.join(STYLES)} ({DEMO_STYLES} alone; default: what the prompt says)")
     parser.add_argument("--steps", type=int, help=f"sampling steps, 1 to {MAX_STEPS} (default: 30, or the preset's)")
     parser.add_argument("--seed", type=int, default=0, help=f"seed of the noise, 0 to {MAX_SEED} (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 to 20 (default: 4, or the preset's)")
@@ -156,6 +158,17 @@ def settings(args: argparse.Namespace) -> tuple[Request, ReuseConfig]:
     )
 
 
+def in_style(pipe: Any, prompt: str, style: str) -> str:
+    """The prompt with the style's word.
+
+    Raises:
+        ConfigError: the model has no such style.
+    """
+    if not isinstance(pipe, WordModel):
+        raise ConfigError(f"--style needs --model {DEMO_STYLES}, as it alone has styles, got {style!r}")
+    return pipe.in_style(prompt, style)
+
+
 def check_planned(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that do not go with the planner's."""
     if args.model != DEMO:
@@ -171,6 +184,8 @@ def run(args: argparse.Namespace) -> None:
     if args.target_speedup is not None:
         check_planned(args)
     pipe = load_pipeline(args.model)
+    if args.style is not None:
+        request = replace(request, prompt=in_style(pipe, request.prompt, args.style))
     if args.sampler is None and default_sampler(pipe) == OWN:
         request = replace(request, sampler=OWN)
     check_sampler(pipe, request.sampler)

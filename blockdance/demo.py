@@ -1,4 +1,4 @@
-"""The models in the box: a small text-to-image PixArt and a small text-to-video STDiT, loaded from `assets/`."""
+"""The models in the box: two small text-to-image PixArts and a small text-to-video STDiT, loaded from `assets/`."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,13 +8,16 @@ import torch
 from diffusers import PixArtAlphaPipeline
 from transformers import PreTrainedTokenizerFast
 
-from blockdance.errors import UnsupportedModelError
+from blockdance.errors import ConfigError, UnsupportedModelError
 from blockdance.models.opensora import OpenSoraPipeline
 from blockdance.profile import Profile
 
 MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "model"
+STYLES_FOLDER = MODEL_FOLDER.with_name("styles")
 VIDEO_FOLDER = MODEL_FOLDER.with_name("video")
 PROFILE_FILE = MODEL_FOLDER.with_name("profile.json")
+STYLES = ("fluent", "noto", "twemoji")
+"""Words that say how to draw and not what; `load_demo_styles_pipeline` knows them."""
 MAX_WORDS = 16
 STEPS = 30
 GUIDANCE = 4.0
@@ -35,6 +38,23 @@ class WordModel:
         """Every word that the model was trained with, in alphabetical order."""
         return sorted(word for word in self.tokenizer.get_vocab() if word.isalpha())
 
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """The styles to choose from; none where the model draws in one alone."""
+        vocabulary = self.tokenizer.get_vocab()
+        return tuple(style for style in STYLES if style in vocabulary)
+
+    def in_style(self, prompt: str, style: str) -> str:
+        """The prompt as the model was trained to hear that style: the style's word first, in place of any other.
+
+        Raises:
+            ConfigError: not one of `styles`.
+        """
+        if style not in self.styles:
+            known = f"one of {', '.join(self.styles)}" if self.styles else "left out with a model of one style"
+            raise ConfigError(f"style must be {known}, got {style!r}")
+        return " ".join([style, *(word for word in prompt.split() if word.lower() not in self.styles)])
+
     def nearest_words(self, word: str, count: int = 3) -> list[str]:
         """The known words spelled most like `word`, the likest first."""
         return get_close_matches(word.lower(), self.known_words(), count, cutoff=0.5)
@@ -43,12 +63,16 @@ class WordModel:
 class DemoPipeline(WordModel, PixArtAlphaPipeline):
     """diffusers' `PixArtAlphaPipeline` with call defaults that suit a 64x64 picture and a vocabulary of words.
 
-    `__call__` takes what the parent takes. Only these defaults differ: 30 steps, guidance 4, at most 16 words, and no
-    rounding of the size to the aspect ratios of the 1024x1024 model.
+    `__call__` takes what the parent takes, and `style`, one of `styles` (see `in_style`). Only these defaults differ: 30
+    steps, guidance 4, at most 16 words, and no rounding of the size to the aspect ratios of the 1024x1024 model.
     """
 
     @torch.no_grad()
-    def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Any:
+    def __call__(self, prompt: str | list[str] | None = None, style: str | None = None, **arguments: Any) -> Any:
+        if style is not None:
+            if prompt is None:
+                raise ConfigError(f"style must go with a prompt, got {style!r} and no prompt")
+            prompt = self.in_style(prompt, style) if isinstance(prompt, str) else [self.in_style(one, style) for one in prompt]
         defaults = {
             "num_inference_steps": STEPS,
             "guidance_scale": GUIDANCE,
@@ -74,6 +98,15 @@ def load_demo_pipeline(folder: Path | str = MODEL_FOLDER) -> DemoPipeline:
     """
     pipe: DemoPipeline = loaded(DemoPipeline, Path(folder))
     return pipe
+
+
+def load_demo_styles_pipeline(folder: Path | str = STYLES_FOLDER) -> DemoPipeline:
+    """Load the picture model in the box that draws in three styles, from disk (no network) in float32 on the CPU.
+
+    Raises:
+        UnsupportedModelError: the folder holds no pipeline.
+    """
+    return load_demo_pipeline(folder)
 
 
 def load_demo_video_pipeline(folder: Path | str = VIDEO_FOLDER) -> DemoVideoPipeline:

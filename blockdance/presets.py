@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download
 from transformers import AutoTokenizer, T5EncoderModel
 
-from blockdance.demo import load_demo_pipeline, load_demo_video_pipeline
+from blockdance.demo import load_demo_pipeline, load_demo_styles_pipeline, load_demo_video_pipeline
 from blockdance.errors import UnsupportedModelError
 from blockdance.models.opensora import OpenSoraPipeline
 from blockdance.models.stdit import STDiT
@@ -23,6 +23,8 @@ from blockdance.schedule import ReuseConfig
 
 DEMO = "demo"
 """The picture model in the box."""
+DEMO_STYLES = "demo-styles"
+"""The one that draws more subjects, in three styles."""
 DEMO_VIDEO = "demo-video"
 """The video model in the box."""
 
@@ -65,7 +67,11 @@ PRESETS = {
         "hpcai-tech/Open-Sora", OPEN_SORA, "DDIM", 50, 7.0, "OpenSora-v1-HQ-16x512x512.pth", {"input_size": (16, 64, 64)},
     ),
 }  # fmt: skip
-IN_THE_BOX: dict[str, Callable[[], Any]] = {DEMO: load_demo_pipeline, DEMO_VIDEO: load_demo_video_pipeline}
+IN_THE_BOX: dict[str, Callable[[], Any]] = {
+    DEMO: load_demo_pipeline,
+    DEMO_STYLES: load_demo_styles_pipeline,
+    DEMO_VIDEO: load_demo_video_pipeline,
+}
 
 
 def config_for(model: str) -> ReuseConfig:

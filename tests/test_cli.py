@@ -150,6 +150,13 @@ def test_the_planner_may_choose_the_schedule(
     assert len(schedule) == 16 and schedule != fixed_schedule(ReuseConfig(), 16, depth())
 
 
+def test_a_style_is_chosen_beside_the_prompt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    common = ["--model", "demo-styles", "--steps", "4", "--out"]
+    run_here(monkeypatch, "octopus", "--style", "noto", *common, str(tmp_path / "option"))
+    run_here(monkeypatch, "noto octopus", *common, str(tmp_path / "word"))
+    assert (tmp_path / "option" / "baseline.png").read_bytes() == (tmp_path / "word" / "baseline.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -180,6 +187,11 @@ def test_the_planner_may_choose_the_schedule(
         (
             ["dog", "--model", "dit-xl-2-256", "--target-speedup", "2"],
             "--target-speedup needs --model demo, as it alone ships with a profile, got 'dit-xl-2-256'",
+        ),
+        (["apple", "--style", "noto"], "style must be left out with a model of one style, got 'noto'"),
+        (
+            ["apple", "--model", "demo-styles", "--style", "oil"],
+            "style must be one of fluent, noto, twemoji, got 'oil'",
         ),
         (["  "], "prompt must be a text that is not empty, got '  '"),
         (["apple", "--reuse-interval", "0"], "reuse_interval must be an integer of at least 1, got 0"),

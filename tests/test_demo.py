@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 
-from blockdance import UnsupportedModelError, load_demo_pipeline
-from blockdance.demo import MODEL_FOLDER, DemoPipeline
+from blockdance import ConfigError, UnsupportedModelError, load_demo_pipeline, load_demo_styles_pipeline
+from blockdance.demo import MODEL_FOLDER, STYLES, STYLES_FOLDER, DemoPipeline
 from tests.tiny import quiet
 
 
@@ -60,10 +60,11 @@ def test_every_part_of_the_model_is_float32_on_the_cpu(pipe: Any) -> None:
     assert {(weight.dtype, weight.device.type) for weight in parameters} == {(torch.float32, "cpu")}
 
 
-def test_the_weights_are_safetensors_and_small() -> None:
-    files = [file for file in MODEL_FOLDER.rglob("*") if file.is_file()]
+@pytest.mark.parametrize("folder", [MODEL_FOLDER, STYLES_FOLDER], ids=lambda folder: folder.name)
+def test_the_weights_are_safetensors_and_small(folder: Path) -> None:
+    files = [file for file in folder.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} == {".json", ".safetensors"}
-    assert sum(file.stat().st_size for file in files) < 40e6
+    assert sum(file.stat().st_size for file in files) < 40e6 and max(file.stat().st_size for file in files) < 16 * 2**20
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
@@ -124,3 +125,31 @@ def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path, kind: type)
 def test_a_folder_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"no pipeline in .*nowhere"):
         load_demo_pipeline(tmp_path / "nowhere")
+
+
+@pytest.fixture(scope="module")
+def styled() -> DemoPipeline:
+    return load_demo_styles_pipeline()
+
+
+def test_a_style_is_a_word_of_the_prompt(styled: DemoPipeline) -> None:
+    assert styled.styles == STYLES and not styled.unknown_words("noto red apple")
+    assert styled.in_style("red apple", "noto") == "noto red apple"
+    assert styled.in_style("Twemoji red apple", "noto") == styled.in_style("red apple noto", "noto") == "noto red apple"
+    assert np.array_equal(draw(styled, style="noto"), draw(styled, "noto red apple"))
+    two = styled(["red apple", "octopus"], style="noto", num_inference_steps=2, output_type="np").images
+    assert two.shape == (2, 64, 64, 3)
+
+
+def test_each_style_draws_another_picture_of_the_same_noise(styled: DemoPipeline) -> None:
+    drawn = [draw(styled, style=style) for style in STYLES]
+    assert all(np.abs(one - other).mean() > 0.01 for one, other in ((drawn[0], drawn[1]), (drawn[1], drawn[2])))
+
+
+def test_a_style_that_is_not_there_is_refused(pipe: Any, styled: DemoPipeline) -> None:
+    with pytest.raises(ConfigError, match="one of fluent, noto, twemoji, got 'oil'"):
+        draw(styled, style="oil")
+    with pytest.raises(ConfigError, match="left out with a model of one style, got 'noto'"):
+        draw(pipe, style="noto")
+    with pytest.raises(ConfigError, match="'noto' and no prompt"):
+        styled(style="noto", prompt_embeds=torch.zeros(1, 16, 128))

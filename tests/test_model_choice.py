@@ -20,7 +20,8 @@ from app.handlers import Handlers
 from app.models import KEPT, Models
 from app.page import build_page, main, serve
 from blockdance import ReuseConfig, UnsupportedModelError
-from blockdance.presets import DEMO, PRESETS
+from blockdance.demo import STYLES
+from blockdance.presets import DEMO, DEMO_STYLES, PRESETS
 from tests.tiny import BLOCKS, dit
 
 SMALL, ALSO_SMALL, THIRD, MISSING = "dit-xl-2-256", "dit-xl-2-512", "pixart-xl-2-256", "pixart-xl-2-1024"
@@ -63,7 +64,7 @@ def done(models: Models, name: str) -> View:
 
 
 def test_the_box_comes_first_and_video_models_are_left_out(models: Models) -> None:
-    assert models.names[0] == DEMO and set(models.names) < {DEMO, *PRESETS}
+    assert models.names[:2] == [DEMO, DEMO_STYLES] and set(models.names) < {DEMO, DEMO_STYLES, *PRESETS}
     assert SMALL in models.names and not any(name.startswith("open-sora") for name in models.names)
 
 
@@ -73,6 +74,9 @@ def test_a_choice_brings_depth_settings_and_a_prompt_the_model_knows(models: Mod
     assert (settings.request.steps, settings.request.guidance, settings.request.sampler) == (6, 3.0, "DDIM")
     assert settings.request.prompt == "golden retriever"
     assert models.settings(DEMO).num_blocks == 14 and models.settings(DEMO).request.prompt == "red apple"
+    assert models.settings(DEMO).styles == [] and models.settings(SMALL).styles == []
+    styled = models.settings(DEMO_STYLES)
+    assert styled.styles == list(STYLES) and styled.request.prompt == "fluent red apple"
 
 
 def order(prompt: str, model: str) -> dict[str, Any]:
@@ -150,7 +154,8 @@ def test_a_model_that_cannot_be_loaded_is_a_toast_too(
 def test_only_what_the_page_offers_can_be_chosen(models: Models, toasts: list[str], name: str) -> None:
     """A visitor may not have the server load any folder it holds."""
     *_, last = choose(models, name)
-    assert last["model"] == DEMO and "model must be one of demo, dit-xl-2-256, " in toasts[0] and repr(name) in toasts[0]
+    assert last["model"] == DEMO
+    assert "model must be one of demo, demo-styles, dit-xl-2-256, " in toasts[0] and repr(name) in toasts[0]
     *_, last = Handlers(models).run(order("red apple", name))
     assert last["error"] and len(toasts) == 2
 

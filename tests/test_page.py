@@ -598,6 +598,29 @@ def test_closing_the_tab_stops_the_run_and_frees_the_model(server: Server, page:
     assert 0 < calls.total < 99
 
 
+def test_a_style_is_chosen_kept_and_dropped(page: Page) -> None:
+    expect(page.locator(".bd-styles")).to_be_hidden()
+    page.get_by_role("button", name="More subjects, three styles").click()
+    expect(page.locator("#bd-prompt")).to_have_value("fluent red apple")
+    wait_for_live(page)
+    styles, prompt = page.get_by_role("group", name="Style"), page.locator("#bd-prompt")
+    styles.get_by_role("button", name="noto").click()
+    expect(prompt).to_have_value("noto red apple")
+    prompt.fill("guitar")
+    prompt.press("Enter")
+    expect(page.locator(".bd-status")).to_contain_text("“noto guitar”")
+    expect(styles.get_by_role("button", name="noto")).to_have_attribute("aria-pressed", "true")
+    styles.get_by_role("button", name="noto").click()
+    expect(page.locator(".bd-status")).to_contain_text("“guitar”")
+    page.get_by_text("Words the model knows").click()
+    expect(page.locator(".bd-words p")).to_contain_text("guitar")
+    styles.get_by_role("button", name="trophy").click()
+    expect(page.locator(".bd-status")).to_contain_text("“trophy”")
+    page.locator(".bd-chips").get_by_role("button", name="rocket").click()  # what ships is of the first model
+    expect(page.locator(".bd-styles")).to_be_hidden()
+    expect(page.locator(".bd-words p")).not_to_contain_text("guitar")
+
+
 def test_a_number_beyond_its_range_is_clamped_and_told(page: Page) -> None:
     page.get_by_text("Model and sampling").click()
     page.locator("[name=steps]").fill("1000")

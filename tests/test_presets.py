@@ -69,7 +69,7 @@ def test_an_unknown_model_is_answered_with_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = complaint(monkeypatch, capsys, "apple", "--model", "dit-xxl")
-    assert "demo, demo-video, dit-xl-2-256" in error and "got 'dit-xxl'" in error
+    assert "demo, demo-styles, demo-video, dit-xl-2-256" in error and "got 'dit-xxl'" in error
 
 
 def test_a_preset_out_of_reach_says_what_is_missing_and_how_to_get_it(

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from analysis.intervals import INTERVALS
 from analysis.metrics import shift_tolerant_lpips
 from analysis.records import BenchError, read_records
-from analysis.video import BEGIN, END, INTERVALS, measure_video, render_video, update_video
+from analysis.video import BEGIN, END, measure_video, render_video, update_video
 from blockdance import Schedule
 from tests.tiny_video import opensora
 

@@ -123,6 +123,8 @@ const SKELETON = `
 <aside class="bd-controls">
   <form data-part="prompt"><label for="bd-prompt">Prompt</label>
     <div class="bd-line"><input id="bd-prompt" autocomplete="off" maxlength="300"><button data-live class="primary">Draw</button></div>
+    <div class="bd-styles" role="group" aria-label="Style" data-live hidden></div>
+    <button data-do="more" data-live class="bd-more" hidden>More subjects, three styles</button>
     <div class="bd-chips" role="group" aria-label="Examples"></div></form>
   <div class="bd-status"><p role="status" aria-live="polite"></p><progress max="1" value="0" hidden></progress>
     <button data-do="stop" data-live hidden>Stop</button></div>
@@ -216,6 +218,7 @@ const MOST_SCENES = 40; // live ones kept; of each a few hundred kilobytes
 const NOT_SHIPPED = "Not among the shipped comparisons: this site has no model to run. " +
   "N = 2, 3, 4 with cutoff 3, 6, 9 or 12, and the window from 0.40 to 0.95 or from 0 to 1, are.";
 const WEAK_YARDSTICK = " Another seed is a weak yardstick here: the model memorises, and two seeds often look alike.";
+const MORE = "demo-styles"; // the model in the box that knows more
 const MOST_LETTERS = 300; // of a prompt
 const HANDLE_PX = 76; // of the cutoff, on the map
 const BAR_PX = 90; // the longest bar of an LPIPS
@@ -243,6 +246,7 @@ class Explorer {
     this.state = {...structuredClone(DEFAULTS), ...structuredClone(settings.defaults || {}),
                   edited: null, ada: false, saving: 0.5, storage: "latest", pinned: null, hover: null, scale: "cosine", mode: "wipe", wipe: 0.5, flipped: false};
     this.blocks = settings.num_blocks || 14;
+    this.vocabularies = {[this.state.model]: settings}; // known_words, styles and examples, by model
     this.waiting = this.next = null; // the order that is waited for, and one that waits until the last is stopped
     this.ask = debounced(120, () => this.askNow());
     this.decideSoon = debounced(120, () => this.decideNow());
@@ -495,11 +499,13 @@ class Explorer {
     setTimeout(() => note.remove(), 9000);
   }
 
-  useModel({model, request, config, num_blocks, known_words}) {
+  useModel({model, request, config, num_blocks, ...vocabulary}) {
     this.blocks = num_blocks;
-    this.settings.known_words = known_words;
+    this.vocabularies[model] = vocabulary;
     this.set({model, request, config, edited: null, pinned: null});
   }
+
+  do_more() { this.choose(MORE); }
 
   choose(model) { this.order("choose", "choose", {model, current: this.state.model}); }
 
@@ -526,7 +532,7 @@ class Explorer {
     this.parts = [...new Set(this.all("[data-part]").map((part) => part.dataset.part))];
     for (const element of this.all("[data-live]")) if (!this.live) element.remove();
     if (!this.live) this.$("#bd-prompt").parentElement.remove();
-    this.$("form").onsubmit = (event) => { event.preventDefault(); this.set({request: {prompt: this.$("#bd-prompt").value}, pinned: null}); };
+    this.$("form").onsubmit = (event) => { event.preventDefault(); this.draw(this.$("#bd-prompt").value); };
     for (const input of this.all(".bd-sliders input")) input.oninput = () => this.set({config: {[input.name]: Number(input.value)}});
     for (const name of ["seed", "steps", "guidance"]) {
       const input = this.$(`[name=${name}]`);
@@ -553,8 +559,37 @@ class Explorer {
     new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) this.wantPlots(); }, {rootMargin: "200px"})
       .observe(this.$(".bd-tradeoff"));
     new ResizeObserver(() => this.render()).observe(this.root);
-    const words = settings.known_words;
-    if (words && this.live) { this.$(".bd-words").hidden = false; this.$(".bd-words p").textContent = words.join(", "); }
+  }
+
+  /** The words, styles and examples of the model that is chosen. */
+  renderWords() {
+    const {model} = this.state, {known_words, styles = [], examples = []} = this.vocabularies[model] || {};
+    if (!this.live || model === this.wordsOf) return;
+    this.wordsOf = model;
+    const words = this.$(".bd-words"), place = this.$(".bd-styles"), more = this.$(".bd-more");
+    words.hidden = !known_words;
+    words.lastChild.textContent = known_words?.join(", ") || "";
+    place.hidden = !styles.length;
+    place.replaceChildren(
+      ...styles.map((style) => h("button", {type: "button", "data-choice": style, onclick: () => this.chooseStyle(style)}, style)),
+      ...examples.map((prompt) => h("button", {type: "button", onclick: () => this.draw(prompt)}, prompt)));
+    more.hidden = model === MORE || !this.settings.models?.includes(MORE);
+  }
+
+  get styles() { return this.vocabularies[this.state.model]?.styles || []; }
+
+  /** The style that a prompt asks for by its word, if it asks for one. */
+  styleOf(prompt) { return this.styles.find((style) => prompt.toLowerCase().split(/\s+/).includes(style)); }
+
+  chooseStyle(style) {
+    const {prompt} = this.state.request, without = prompt.split(/\s+/).filter((word) => !this.styles.includes(word.toLowerCase()));
+    this.set({request: {prompt: [...(style === this.styleOf(prompt) ? [] : [style]), ...without].join(" ")}, pinned: null});
+  }
+
+  /** Draw what is typed, in the style of the last prompt unless it names one itself. */
+  draw(typed) {
+    const style = this.styleOf(this.state.request.prompt);
+    this.set({request: {prompt: style && typed.trim() && !this.styleOf(typed) ? `${style} ${typed}` : typed}, pinned: null});
   }
 
   fill(name, values, chosen) {
@@ -682,6 +717,8 @@ class Explorer {
       if (control && document.activeElement !== control) control.value = value;
     }
     if (this.live) this.$("[name=storage]").value = state.storage;
+    this.renderWords();
+    for (const button of this.all(".bd-styles [data-choice]")) button.setAttribute("aria-pressed", button.dataset.choice === this.styleOf(request.prompt));
     for (const button of this.all(".bd-chips button")) button.setAttribute("aria-pressed", button.dataset.key === this.sceneKey());
     const planned = this.plan && sameRun(this.plan, {schedule: this.kinds, cutoff_block: this.cutoff, storage: state.storage});
     this.$(".bd-edited").hidden = !state.edited;

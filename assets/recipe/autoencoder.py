@@ -133,7 +133,7 @@ def main() -> None:
     if not args.decoder_only:
         standardise(vae, pictures)
     facts = {"images_seen": seen, "psnr": round(psnr(vae, pictures), 2), "parameters": sum(p.numel() for p in vae.parameters())}
-    vae.save_pretrained(args.out)
+    vae.save_pretrained(args.out, max_shard_size="9MB")  # as in assets/, of which it may be a copy
     with (args.out / "facts.jsonl").open("a") as log:
         log.write(json.dumps(facts | {"decoder_only": args.decoder_only, "minutes": args.minutes}) + "\n")
     print(facts)

@@ -9,6 +9,7 @@ both as safetensors in shards under 9 MB.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,30 @@ def trained_pipeline(folder: Path) -> Any:
     return kind.from_pretrained(folder)
 
 
-def export(run: Path, vae_folder: Path | None, target: Path) -> None:
+def last_line(run: Path) -> dict[str, Any]:
+    """What a run's log says at its end."""
+    told: dict[str, Any] = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    return told
+
+
+def export(run: Path, vae_folder: Path | None, target: Path, earlier: Sequence[Path] = ()) -> None:
     """Write the averaged weights of a run, and what its log says of them.
 
     Args:
         run: folder of a training.
         vae_folder: the autoencoder, whose decoder may have been trained on since the run began; None for the run's own.
         target: folder to write.
+        earlier: runs that it goes on from, and that no model that ships ended.
     """
-    pipe, facts = trained_pipeline(run / "pipeline"), {}
-    parts = pipe.components
+    pipe = trained_pipeline(run / "pipeline")
+    parts, facts = pipe.components, dict[str, Any]()
     if vae_folder is not None:
         parts |= {"vae": AutoencoderKL.from_pretrained(vae_folder).eval()}
         facts["autoencoder"] = [json.loads(line) for line in (vae_folder / "facts.jsonl").read_text().splitlines()]
     SHIPPED[type(pipe)](**parts).save_pretrained(target, max_shard_size="9MB")
-    facts["transformer"] = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    facts["transformer"] = last_line(run)
+    if earlier:
+        facts["earlier"] = [last_line(one) for one in earlier]
     (target / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -50,9 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a training")
     parser.add_argument("--vae", type=Path, help="folder of the autoencoder (default: the run's own)")
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="folders of trainings that it went on from")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    export(args.run, args.vae, args.out)
+    export(args.run, args.vae, args.out, args.earlier)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{size / 2**20:.1f} MiB in {args.out}")
 

@@ -13,12 +13,17 @@ CAPTIONS = (
     "rocket", "police car", "sailboat", "airplane", "rainbow", "crescent moon",
 )  # fmt: skip
 """48 names that the picture model was trained with."""
+STYLED = (
+    "red apple", "octopus", "grinning face", "house with garden", "guitar", "bicycle", "trophy", "crown", "umbrella",
+    "teddy bear", "astronaut", "soccer ball", "camera", "dragon", "baseball", "thumbs up sign",
+)  # fmt: skip
+"""16 names that the model of three styles was trained with."""
 COMPOSITIONS = (
     "blue apple", "green car", "smiling cat", "red fish", "yellow octopus", "blue house", "purple pig", "pink elephant",
     "black swan", "green dog face", "white rose", "orange monkey", "red boat", "cat with sunglasses", "smiling sun with heart",
     "two red hearts",
 )  # fmt: skip
-"""16 combinations of words it knows that are no caption of a training picture."""
+"""16 combinations of words that both picture models know and that are no caption of a training picture."""
 CLIPS = ("grinning face", "pouting face", "clown face", "sparkling heart", "cat face", "unicorn face", "turtle", "dragon")
 """Names that the video model was trained with."""
 LABEL_PIXELS = 16

@@ -2,8 +2,8 @@
 
     python -m assets.recipe.train --updates 8000 --out build/velocity
     python -m assets.recipe.train --updates 1000 --prediction epsilon --out build/noise
-    python -m assets.recipe.train --updates 60000 --data build/styles.npz --vae build/vae-styles --blocks 28 --width 192 \\
-        --batch 256 --ema 0.9999 --reorder 0.1 --out build/styles    # on a GPU
+    python -m assets.recipe.train --updates 60000 --data build/all.npz --vae build/vae-all --blocks 26 --width 160 \\
+        --batch 256 --ema 0.9999 --reorder 0.1 --painted 0.3 --out build/all    # on a GPU
 
 Muon for the blocks' matrices, AdamW for the rest, EMA, bf16 autocast, `torch.compile`. The rate is constant for half
 of the updates and then falls linearly to zero. A second call with the same `--out` continues where the first stopped;
@@ -21,7 +21,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, PixArtTransformer2DModel
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from assets.recipe.autoencoder import latents_of, to_tensor
-from assets.recipe.data import Pack
+from assets.recipe.colours import PAINTS
+from assets.recipe.data import Pack, painted_pack
 from assets.recipe.learner import Learner, add_arguments, prepared, run
 from assets.recipe.model import MAX_WORDS, build_scheduler, build_text_encoder, build_tokenizer, build_transformer
 from assets.recipe.sheet import contact_sheet
@@ -31,23 +32,35 @@ SHEET_PROMPTS = ("red apple", "octopus", "grinning face", "house with garden", "
 
 
 def pick_caption(group: list[str], generator: random.Random, style: str = "", reorder: float = 0.0) -> str:
-    """Mostly the full name, sometimes a short name or one word fewer, and one time in ten nothing (for guidance).
+    """Mostly the full name, sometimes a short name or one word (no colour) fewer, one time in ten nothing (for guidance).
 
     Args:
         group: the captions of a picture.
         generator: of the chance.
-        style: a word before the caption, nine times in ten.
+        style: a word before the caption, or one time in four after it; one time in ten left out.
         reorder: how often words change places.
     """
     if generator.random() < 0.1:
         return ""
-    caption = group[0] if generator.random() < 0.6 else generator.choice(group)
+    caption = group[0] if generator.random() < 0.7 else generator.choice(group)
     parts = caption.split()
-    if len(parts) > 2 and generator.random() < 0.15:
-        parts.pop(generator.randrange(len(parts)))
+    dropped = [place for place, part in enumerate(parts) if part not in PAINTS]
+    if len(parts) > 2 and dropped and generator.random() < 0.15:
+        parts.pop(generator.choice(dropped))
     if generator.random() < reorder:
         generator.shuffle(parts)
-    return " ".join([style, *parts] if style and generator.random() < 0.9 else parts)
+    if style and generator.random() < 0.9:
+        parts.insert(0 if generator.random() < 0.75 else len(parts), style)
+    return " ".join(parts)
+
+
+def with_painted(pack: Pack, share: float) -> tuple[Pack, torch.Tensor]:
+    """The pictures, painted ones after them if they are to be a share of those seen, and the chance of each to be drawn."""
+    chances = torch.full((len(pack),), 1 / len(pack))
+    if share == 0:
+        return pack, chances
+    further = painted_pack(pack)
+    return pack + further, torch.cat([(1 - share) * chances, torch.full((len(further),), share / len(further))])
 
 
 @torch.no_grad()
@@ -73,12 +86,17 @@ def tokens_of(learner: Learner, captions: list[str], device: torch.device) -> tu
     return ids.to(device), batch.attention_mask.to(device)
 
 
+def timesteps(count: int) -> torch.Tensor:
+    """More of the noisy ones, on which the words decide what is drawn: two thirds of them above 500."""
+    return (1000 * torch.rand(count) ** 0.6).long()
+
+
 def diffusion_loss(
     learner: Learner, scheduler: DDIMScheduler, latents: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error of the predicted noise or velocity at uniformly drawn timesteps."""
+    """Mean squared error of the predicted noise or velocity at drawn timesteps."""
     noise = torch.randn_like(latents)
-    timestep = torch.randint(1000, (len(latents),), device=latents.device)
+    timestep = timesteps(len(latents)).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timestep)
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timestep) if velocity else noise
@@ -120,12 +138,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=14)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--reorder", type=float, default=0.0, help="how often a caption's words change places (default: never)")
+    parser.add_argument("--painted", type=float, default=0.0, help="share of pictures in another colour (default: none)")
     parser.add_argument("--start", type=Path, help="folder of a pipeline to begin from")
     add_arguments(parser)
     args = parser.parse_args()
     device = prepared(args.out)
 
-    pack = Pack.load(args.data)
+    pack, shares = with_painted(Pack.load(args.data), args.painted)
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     latents = latents_of(vae.to(device), to_tensor(pack.pictures).to(device))
     tokenizer = build_tokenizer(pack.captions, pack.styles)
@@ -136,13 +155,11 @@ def main() -> None:
     learner = Learner(tokenizer, text_encoder, transformer, transformer.transformer_blocks, args)
     learner.resume(args.out)
     scheduler = build_scheduler(args.prediction)
-    if not args.no_compile:
-        learner.transformer.compile()
 
     generator = random.Random(learner.updates)
 
     def loss_of_batch() -> torch.Tensor:
-        chosen = torch.randint(len(latents), (args.batch,))
+        chosen = torch.multinomial(shares, args.batch, replacement=True)
         styles = pack.styles or [""] * len(pack.captions)
         captions = [pick_caption(pack.captions[i], generator, styles[i], args.reorder) for i in chosen.tolist()]
         ids, mask = tokens_of(learner, captions, device)

@@ -104,8 +104,6 @@ def main() -> None:
         net.train()
     learner = Learner(pipe.tokenizer, pipe.text_encoder, pipe.transformer, pipe.transformer.blocks, args)
     learner.resume(args.out)
-    if not args.no_compile:
-        learner.transformer.compile()
     generator = random.Random(learner.updates)
 
     def loss_of_batch() -> Tensor:
