@@ -322,6 +322,7 @@ def run_compare(args: argparse.Namespace) -> None:
     names = args.methods or [name for name, method in METHODS.items() if is_installed(method.package)]
     processes = Accelerator()  # unlike PartialState it heeds ACCELERATE_USE_CPU
     everything = compare(load_demo_pipeline().to(processes.device), requests, names, perceptual_distance(), out)
+    processes.end_training()  # a process that ends while its group is open may abort
     if not processes.is_main_process:
         return
     lines = [line for line in everything if line["steps"] == args.steps]

@@ -27,7 +27,7 @@ KEYS = {
 }  # fmt: skip
 OPTIONS = [
     "--model", "--steps", "--seed", "--guidance", "--sampler", "--reuse-interval", "--cutoff-block", "--window-start",
-    "--window-end", "--target-speedup", "--storage", "--out",
+    "--window-end", "--target-speedup", "--storage", "--style", "--out",
 ]  # fmt: skip
 
 

@@ -66,7 +66,15 @@ class Tiny:
 def training(folder: Path, updates: int) -> Learner:
     """Train a tiny video model to so many updates."""
     args = argparse.Namespace(
-        updates=updates, minutes=None, checkpoint_minutes=10, batch=2, ema=0.9, muon_rate=0.01, adamw_rate=1e-3, out=folder
+        updates=updates,
+        minutes=None,
+        checkpoint_minutes=10,
+        batch=2,
+        ema=0.9,
+        muon_rate=0.01,
+        adamw_rate=1e-3,
+        out=folder,
+        no_compile=True,
     )
     pipe: Any = Tiny()
     learner = Learner(pipe.tokenizer, pipe.text_encoder, pipe.transformer, pipe.transformer.blocks, args)

@@ -95,6 +95,7 @@ def train(args: argparse.Namespace) -> None:
     profile = None if args.profile is None else Profile.load(args.profile)
     trainer = Trainer(environment, quality, prompts, cutoffs, config, args.out, accelerator, args.storage, profile)
     trainer.run(args.minutes)
+    accelerator.end_training()  # a process that ends while its group is open may abort
     if accelerator.is_main_process:
         write_curves(args.out / "log.jsonl", args.out / "curves.html")
 
