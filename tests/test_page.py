@@ -270,6 +270,13 @@ def test_the_address_holds_every_setting_and_brings_it_back(server: Server, brow
     again.close()
 
 
+def test_what_is_changed_while_the_steps_play_is_in_the_address_afterwards(page: Page) -> None:
+    page.get_by_role("button", name="Play the steps").click()
+    slide(page, "cutoff", 6)
+    expect(page).to_have_url(re.compile("i=6"))
+    assert "step=" not in page.url
+
+
 def test_wrong_values_in_the_address_are_clamped_with_a_notice(server: Server, browser: Browser) -> None:
     page = opened(browser, f"{server.url}?i=99&n=two&start=0.9&end=0.5&s=rrr&step=-3&hide=tradeoff,nonsense")
     for told in (

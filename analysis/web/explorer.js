@@ -484,7 +484,7 @@ class Explorer {
     clearInterval(this.playing);
     const steps = this.state.request.steps;
     let step = 0;
-    const stop = () => { clearInterval(this.playing); this.playing = null; this.render(); };
+    const stop = () => { clearInterval(this.playing); this.playing = null; this.render(); this.saveUrl(); };
     this.playing = setInterval(() => {
       if (step >= steps) { this.state.pinned = null; stop(); return; }
       this.state.pinned = step++;
