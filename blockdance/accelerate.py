@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from blockdance.errors import SessionError
 from blockdance.policy import Policy
 from blockdance.replay import Recording
 from blockdance.reuser import PAPER, Plan, Reuser, check_kind, check_plan
@@ -51,7 +50,8 @@ def accelerate(
     check_rule(storage)
     reuser = Reuser(config, trace, replay, storage)
     with traced(pipe, reuser, trace, on_step) as session:
-        if replay is not None and replay.transformer() is not session.transformer:
-            raise SessionError("the recording was made with another transformer; record the baseline with this pipeline")
+        if replay is not None:
+            replay.check_transformer(session.transformer)
         check_plan(config, session)
         yield trace
+        reuser.leave()

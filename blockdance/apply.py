@@ -4,19 +4,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from blockdance.branches import Branches
+from blockdance.callers import DirectCallers
+from blockdance.clock import moment_of
+from blockdance.company import check_free
+from blockdance.denoiser import Denoiser
 from blockdance.errors import ConfigError, ScheduleError, SessionError, UnsupportedModelError
-from blockdance.patch import ACTIVE, applied_class, block_class, check_free, in_a_session, swap_in, swap_out
+from blockdance.part import ModelCall
+from blockdance.patch import applied_class, block_class, in_a_session, swap_in, swap_out
 from blockdance.reuser import Reuser
 from blockdance.schedule import ReuseConfig, Schedule, check_cutoff, default_cutoff, is_integer
-from blockdance.session import Session, same_tensors, tensors_of
+from blockdance.session import Session
 from blockdance.trace import Trace
-
-MAX_BRANCHES = 8
-"""Guidance branches remembered at most; a text that changes with every call makes a new one each time."""
 
 
 @dataclass(frozen=True)
@@ -42,115 +46,123 @@ class BlockDanceConfig(ReuseConfig):
 
     def group(self, num_blocks: int) -> Schedule:
         """One cache step and N - 1 reuse steps."""
-        cutoff = default_cutoff(num_blocks) if self.cutoff_block is None else self.cutoff_block
+        (config,) = self.of_each(1)
+        assert not isinstance(config.cutoff_block, tuple)
+        cutoff = default_cutoff(num_blocks) if config.cutoff_block is None else config.cutoff_block
         if self.reuse_interval == 1:
             return Schedule.dense(1)
         return Schedule.parse("c" + "r" * (self.reuse_interval - 1), cutoff)
 
 
+@dataclass
+class Progress:
+    """How far one branch is in its run."""
+
+    step: int = -1
+    """Of its last call."""
+    moment: Any = None
+    """The timestep of its last call, as `moment_of` tells it."""
+    direction: float = 0.0
+
+
 class CountedSession(Session):
     """Counts model calls, for each guidance branch by itself.
 
-    A branch is a `cache_context` by its name, and outside of one the calls with the same text (all tensors but latent and
-    timestep). A run ends when its steps are done, or when the timestep, falling or rising until then, turns back.
+    A branch is a `cache_context` by its name, or the calls with the same text, from the same place. Its run ends when its steps
+    are done, or when its timestep, falling or rising until then, turns back. What a callback of the function that calls the
+    transformer calls itself is left plain.
     """
 
     def __init__(self, transformer: nn.Module, config: BlockDanceConfig) -> None:
-        super().__init__(transformer)
+        super().__init__([Denoiser(transformer)])
         self.config = config
-        self._blocks_swapped = True
-        plan = config.group(self.num_blocks) if config.endless else config
+        self._with_swapped_blocks.add(id(transformer))
+        plan = config.group(self.num_blocks) if config.endless and self.num_blocks > 1 else config
         self._reuser = Reuser(plan, Trace(self.num_blocks), replay=None)
         self.parts = [self._reuser]
-        self._context: dict[str, Any] = {}
+        self.context: dict[str, Any] = {}
+        self._callers = DirectCallers()
         self.forget()
 
     def forget(self) -> None:
         """The next call begins a run."""
         self.num_steps = 0
         self._reuser.stored.clear()
-        self._texts: dict[int, str | list[Tensor]] = {}
-        self._calls: dict[int, int] = {}
-        self._moment: float | None = None
-        self._direction = 0.0
+        self._branches = Branches(self._drop)
+        self._progress: dict[int, Progress] = {}
+        self._callers.clear()
+
+    def _drop(self, branch: int) -> None:
+        self._progress.pop(branch, None)
+        self._reuser.drop_branch(0, branch)
 
     @contextmanager
     def inside(self, name: str, **where: Any) -> Iterator[None]:
         """As a `cache_context`: calls belong to the branch `name`, and are at `step_index` of the run if that is given."""
-        before, self._context = self._context, {"name": name} | where
+        before, self.context = self.context, {"name": name} | where
         try:
             yield
         finally:
-            self._context = before
+            self.context = before
 
-    def next_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
-        arguments = self.named(args, kwargs)
-        given: int | None = self._context.get("step_index")
-        total = self._total()
-        branch = self._branch_of(arguments)
-        step = self._calls.get(branch, 0) if given is None else given
-        if self._begins(arguments, given, step, total):
-            moment = self._moment
-            self.forget()
-            self._moment = moment
-            self.begin_run(total)
-            branch, step = self._branch_of(arguments), given or 0
+    def next_call(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> ModelCall | None:
+        site = self._callers.site(frame)
+        if site is None:
+            return None
+        denoiser = self.denoisers[expert]
+        arguments = denoiser.named(args, kwargs)
+        told = {name: value for name, value in arguments.items() if name != denoiser.latent_name}
+        branch = self._branches.number_of(self._branches.looks_like(self.context.get("name"), told, site))
+        return self.made_call(expert, (self._step_of(branch, arguments.get("timestep")), 0, branch), args, kwargs)
+
+    def _step_of(self, branch: int, timestep: Any) -> int:
+        """The step of the branch's next call, which begins a run if it is the first."""
+        progress, total = self._progress.setdefault(branch, Progress()), self._total()
+        given: int | None = self.context.get("step_index")
+        step = progress.step + 1 if given is None else given
+        if given is None:
+            is_over = step >= total and not self.config.endless
+            begins = self._turned_back(progress, timestep) or is_over
+        else:
+            begins = given < progress.step
+        if begins:
+            self._reuser.drop_branch(0, branch)
+            step = given or 0
+        if total != self.num_steps:
+            self.num_steps = total
+            self._reuser.begin_run(self)
+            self._reuser.check_fit()
         if step >= total and not self.config.endless:
             raise ScheduleError(
                 f"the run is at step {step}, but num_steps is {total}; give the number of steps that really run"
             )
-        self._calls[branch] = step + 1
-        return step % total, 0, branch
+        progress.step = step
+        return step % total
 
-    def _begins(self, arguments: dict[str, Any], given: int | None, step: int, total: int) -> bool:
-        """Whether a run begins with this call."""
-        if given is not None:
-            return not self.num_steps or given + 1 < max(self._calls.values())
-        turned = self._turned_back(arguments.get("timestep"))
-        return turned or not self.num_steps or (step >= total and not self.config.endless)
-
-    def _turned_back(self, timestep: Any) -> bool:
-        """Whether timesteps rise after having fallen, or the other way round."""
+    def _turned_back(self, progress: Progress, timestep: Any) -> bool:
+        """Whether a branch's timesteps rise after having fallen, or the other way round."""
         if timestep is None:
             return False
-        moment = float(timestep.max() if isinstance(timestep, Tensor) else timestep)
-        change = 0.0 if self._moment is None else moment - self._moment
-        self._moment = moment
-        self._direction = self._direction or change
-        return change * self._direction < 0
+        moment, before = moment_of(timestep), progress.moment
+        progress.moment = moment
+        if before is None:
+            return False
+        change = moment.since(before)
+        turned = change is None or change * progress.direction < 0
+        progress.direction = 0.0 if turned else progress.direction or change or 0.0
+        return turned
 
     def _total(self) -> int:
         """Steps of the run, or of one group where groups follow each other without end."""
         if self.config.endless:
             return self.config.reuse_interval
-        total: int | None = self.config.num_steps or self._context.get("num_inference_steps")
+        total: int | None = self.config.num_steps or self.context.get("num_inference_steps")
         if total is None:
             window = f"{self.config.window_start:g} to {self.config.window_end:g}"
             raise ScheduleError(
                 f"num_steps is needed to place the window {window} in the run; give it, or window_start=0 and window_end=1"
             )
         return total
-
-    def _branch_of(self, arguments: dict[str, Any]) -> int:
-        """An ordinal for the context's name, or for the text."""
-        text: str | list[Tensor] | None = self._context.get("name")
-        if text is None:
-            text = tensors_of(
-                (), {name: value for name, value in arguments.items() if name not in (self.latent_name, "timestep")}
-            )
-        for branch, known in self._texts.items():
-            if known == text if isinstance(text, str) or isinstance(known, str) else same_tensors(known, text):
-                return branch
-        return self._new_branch(text)
-
-    def _new_branch(self, text: str | list[Tensor]) -> int:
-        branch = max(self._texts, default=-1) + 1
-        self._texts[branch] = text
-        if len(self._texts) > MAX_BRANCHES:
-            oldest = min(self._texts)
-            for memory in (self._texts, self._calls, self._reuser.stored):
-                memory.pop(oldest, None)
-        return branch
 
 
 class Applied:
@@ -160,8 +172,9 @@ class Applied:
         self.config = config
         self._transformer = transformer
         self._of_thread = threading.local()
+        self._is_checked = False
         self._swaps = ExitStack()
-        for block in self.session().blocks:
+        for block in self.session().denoisers[0].blocks:
             self._swap(block.module, block_class)
         self._swap(transformer, applied_class(self))
 
@@ -176,17 +189,20 @@ class Applied:
         session: CountedSession = self._of_thread.session
         return session
 
-    def run_model(self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def inside(self, name: str, **where: Any) -> Any:
+        """A context in which calls belong to the branch `name`."""
+        return self.session().inside(name, **where)
+
+    def run_model(
+        self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> Any:
         """As `Session.run_model`; after an exception the next call begins a run."""
         session = self.session()
-        token = ACTIVE.set((*ACTIVE.get(), session))
         try:
-            return session.run_model(run, model, args, kwargs)
+            return session.run_model(run, model, args, kwargs, frame)
         except BaseException:
             session.forget()
             raise
-        finally:
-            ACTIVE.reset(token)
 
     def reset(self) -> None:
         """The next call of this thread begins a run; needed only after a run that was cancelled at its first step."""
@@ -202,8 +218,8 @@ def apply_block_dance(transformer: nn.Module, config: ReuseConfig) -> Applied:
 
     Prefer `accelerate(pipe, ...)` where there is a pipeline: its scheduler tells the steps. Here model calls are counted, and
     guidance in two calls is told apart by `transformer.cache_context(name)`, or else by the text. `num_steps` counts calls: a
-    second-order scheduler makes two in most steps. Unless the pipeline gives a `step_index`, the timestep is read on
-    every call, which waits for the device.
+    second-order scheduler makes two in most steps. Where the pipeline gives no `step_index`, the timestep tells whether a run
+    begins: its place among the scheduler's, or, where it was made anew and lies on a GPU, its value, which waits for that.
 
     Args:
         transformer: of a supported class, or one that passes the self-test at its first call.
@@ -228,7 +244,8 @@ def apply_block_dance(transformer: nn.Module, config: ReuseConfig) -> Applied:
     check_free(transformer)
     if in_a_session(transformer):
         raise SessionError("this transformer is accelerated or observed just now; leave that with block first")
-    num_blocks = Session(transformer).num_blocks
-    if config.cutoff_block is not None:
-        check_cutoff(config.cutoff_block, num_blocks)
+    num_blocks = Denoiser(transformer).num_blocks
+    (one,) = config.of_each(1)
+    if isinstance(one.cutoff_block, int) and num_blocks > 1:
+        check_cutoff(one.cutoff_block, num_blocks)
     return Applied(transformer, config)

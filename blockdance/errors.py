@@ -23,3 +23,7 @@ class PolicyError(BlockDanceError):
 
 class SessionError(BlockDanceError):
     """The pipeline is used in a way that would break exactness: nested accelerate, an unknown step, a wrong replay."""
+
+
+class BlockDanceWarning(UserWarning):
+    """Something was asked for and did not happen; the message says why."""

@@ -11,8 +11,8 @@ from torch.linalg import vector_norm
 
 from blockdance.adapters import Streams, guidance_rows
 from blockdance.errors import ScheduleError, SessionError
+from blockdance.part import ModelCall, Part, Run
 from blockdance.scheduled import joined
-from blockdance.session import ModelCall, Part, Session
 
 SMALLEST = 1e-16
 """A token without length has cosine 0 with any other, not NaN, which means that nothing was compared."""
@@ -93,20 +93,25 @@ class Observer(Part):
         self.observation = observation
         self.keep_blocks = keep_blocks
 
-    def begin_run(self, session: Session) -> None:
-        self.session = session
-        self.observation.num_steps = session.num_steps
+    def begin_run(self, run: Run) -> None:
+        self.observation.num_steps, self._num_blocks = run.num_steps, run.num_blocks
         self.observation._cosine.clear()
         self.observation._change.clear()
         self.observation._features.clear()
-        self._held: dict[tuple[int, int], Held] = {}
+        self._held: dict[tuple[int, int, int], Held] = {}
+
+    def resize_run(self, run: Run) -> None:
+        self.observation.num_steps = run.num_steps
 
     def watches_blocks(self, call: ModelCall) -> bool:
         return not call.stage
 
+    def blocks_after(self, call: ModelCall) -> range:
+        return range(call.denoiser.num_blocks)
+
     def after_block(self, call: ModelCall, index: int, outputs: Streams) -> None:
-        image = outputs[self.session.blocks[index].image].detach()
-        place, current = (call.branch, index), image.reshape(call.rows, -1, image.shape[-1])
+        image = outputs[call.denoiser.blocks[index].image].detach()
+        place, current = (call.expert, call.branch, index), image.reshape(call.rows, -1, image.shape[-1])
         held = self._held.get(place)
         if held is None or held.step != call.step - 1 or held.output.shape != current.shape:
             unknown = torch.full_like(current, torch.nan)
@@ -115,14 +120,19 @@ class Observer(Part):
         held.moved = token_lengths(held.output.sub_(current))
         held.lengths = token_lengths(held.output.copy_(current))
 
+    def drop_branch(self, expert: int, branch: int) -> None:
+        for place in [place for place in self._held if place[:2] == (expert, branch)]:
+            del self._held[place]
+
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
         for call in (call for call in calls if not call.stage):
-            fresh = {index: held for (branch, index), held in self._held.items() if (branch, held.step) == (call.branch, step)}
+            ours = (call.expert, call.branch)
+            fresh = {place[2]: held for place, held in self._held.items() if (place[:2], held.step) == (ours, step)}
             if not fresh:
                 continue
-            session = self.session
-            cosine, change = compare(fresh, session.num_blocks)
-            rows = guidance_rows(session.transformer, session.stack, call.branch, call.kwargs, call.rows, sample_rows)
+            cosine, change = compare(fresh, self._num_blocks)
+            denoiser = call.denoiser
+            rows = guidance_rows(denoiser.transformer, denoiser.stack, call.branch, call.kwargs, call.rows, sample_rows)
             for branch, part in rows.items():
                 self.observation._cosine.setdefault(branch, {})[step] = cosine[:, part]
                 self.observation._change.setdefault(branch, {})[step] = change[:, part]

@@ -1,97 +1,127 @@
-"""Make a model and its scheduler report to the active session, by swapping their classes inside a `with`.
+"""Make a model and its scheduler report to the session they are called in, by swapping their classes inside a `with`.
 
-A swapped object looks its session up in a context variable; without one it behaves as its own class does. So nothing of
-a run is ever kept on the model, and threads that share a model do not see each other.
+A swapped object looks up who is concerned; where nobody is, it behaves as its own class does. So nothing of a run is ever kept
+on the model, and threads that share a model do not see each other.
 """
 
 import functools
-import threading
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from types import FrameType
+from typing import Any, Protocol
 
+from diffusers.hooks import _helpers as diffusers_helpers
 from torch import nn
 
-from blockdance.errors import SessionError
+from blockdance import presence
+from blockdance.presence import ACTIVE
+from blockdance.swap import derived, is_swapped, original_class, swap_in, swap_out, swapped
 
-if TYPE_CHECKING:
-    from blockdance.apply import Applied
-    from blockdance.session import Session
-
-ACTIVE: ContextVar[tuple["Session", ...]] = ContextVar("blockdance_sessions", default=())
-"""The sessions of the current thread or task, innermost last; more than one only for different pipelines."""
-
-_users: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-_users_lock = threading.Lock()
+__all__ = [
+    "ACTIVE", "CURRENT", "NAME", "applied_class", "applied_to", "block_class", "in_a_session", "original_class",
+    "scheduler_class", "swap_in", "swap_out", "swapped", "transformer_class",
+]  # fmt: skip
 
 
-class _Swapped:
-    """Mixed into every swapped class; copies and pickles come out as the original class."""
+class RunsBlocks(Protocol):
+    """What handles the blocks of the call that is on."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        _, arguments, *rest = reduced
-        return object.__new__, (original_class(type(self)), *arguments[1:]), *rest
+    def run_block(self, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`run(module, *args, **kwargs)`, or what is in its place."""
 
 
-def original_class(cls: type) -> type:
-    """The class before it was swapped; any other class is returned as it is."""
-    return cls.__mro__[2] if issubclass(cls, _Swapped) else cls
+class RunsModel(Protocol):
+    """What `apply_block_dance` put on a transformer."""
+
+    def run_model(
+        self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> Any:
+        """`run(model, *args, **kwargs)`, called from `frame`, or what is in its place."""
+
+    def inside(self, name: str, **where: Any) -> Any:
+        """A context in which calls belong to the branch `name`."""
+
+    def reset(self) -> None:
+        """The next call begins a run."""
 
 
-def _derive(cls: type, members: dict[str, Any]) -> type:
-    """A subclass of `cls` that carries its name, so that saved configs and messages stay the same."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (_Swapped, cls), names | members)
+NAME: ContextVar[tuple[int, str] | None] = ContextVar("blockdance_branch", default=None)
+"""What the pipeline calls the branch of the calls that come now, and of which transformer."""
+CURRENT: ContextVar[RunsBlocks | None] = ContextVar("blockdance_call", default=None)
+"""What handles the blocks of the call that is on in this thread or task."""
 
 
 @functools.cache
 def block_class(cls: type[nn.Module]) -> type:
-    """A block whose calls go through the session that owns it."""
+    """A block that asks the call it is part of."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for session in ACTIVE.get():
-            index = session.index_of.get(id(self))
-            if index is not None:
-                return session.run_block(index, cls.__call__, self, args, kwargs)
-        return cls.__call__(self, *args, **kwargs)
+        current = CURRENT.get()
+        if current is None:
+            return cls.__call__(self, *args, **kwargs)
+        return current.run_block(self, cls.__call__, args, kwargs)
 
-    return _derive(cls, {"__call__": __call__})
+    made = derived(cls, {"__call__": __call__})
+    _register_with_guiders(cls, made)
+    return made
+
+
+def _register_with_guiders(cls: type, made: type) -> None:
+    """diffusers' guiders that skip layers look a block's exact class up in a registry."""
+    registry = getattr(diffusers_helpers, "TransformerBlockRegistry", None)
+    if registry is None:
+        return
+    try:
+        known = registry.get(cls)
+    except ValueError:
+        return
+    before = known._cls
+    registry.register(made, known)
+    known._cls = before  # `register` writes the class into what both share
 
 
 def in_a_session(transformer: Any) -> bool:
     """Whether it is inside `accelerate`, `observe` or `record` anywhere."""
-    return isinstance(transformer, _Swapped) and not applied_to(transformer)
+    return is_swapped(transformer) and not applied_to(transformer)
 
 
 @functools.cache
 def transformer_class(cls: type[nn.Module]) -> type:
-    """A transformer whose calls go through the session that owns it."""
+    """A transformer whose calls go through the session they belong to."""
+
+    @contextmanager
+    def cache_context(self: Any, name: str, **where: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(cls.cache_context(self, name, **where))  # type: ignore[attr-defined]
+            stack.callback(NAME.set, NAME.get())  # not by a token: a generator may leave in another context
+            NAME.set((id(self), name))
+            yield
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for session in ACTIVE.get():
-            if session.transformer is self:
-                return session.run_model(cls.__call__, self, args, kwargs)
-        return cls.__call__(self, *args, **kwargs)
+        session = presence.calling(self, (args, kwargs))
+        if session is None:
+            return cls.__call__(self, *args, **kwargs)
+        return session.run_model(cls.__call__, self, args, kwargs, sys._getframe(1))
 
-    return _derive(cls, {"__call__": __call__})
+    contexts = {"cache_context": cache_context} if hasattr(cls, "cache_context") else {}
+    return derived(cls, {"__call__": __call__} | contexts)
 
 
-def applied_class(applied: "Applied") -> Callable[[type], type]:
+def applied_class(applied: RunsModel) -> Callable[[type], type]:
     """Makes the class of a transformer whose calls go through `applied`, which the class itself holds."""
 
     def make(cls: type) -> type:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return applied.run_model(cls.__call__, self, args, kwargs)
+            return applied.run_model(cls.__call__, self, args, kwargs, sys._getframe(1))
 
         @contextmanager
         def cache_context(self: Any, name: str, **where: Any) -> Iterator[None]:
             with ExitStack() as stack:
                 if hasattr(cls, "cache_context"):
                     stack.enter_context(cls.cache_context(self, name, **where))
-                stack.enter_context(applied.session().inside(name, **where))
+                stack.enter_context(applied.inside(name, **where))
                 yield
 
         def _reset_stateful_cache(self: Any, recurse: bool = True) -> None:
@@ -100,67 +130,38 @@ def applied_class(applied: "Applied") -> Callable[[type], type]:
             applied.reset()
 
         members = {"__call__": __call__, "cache_context": cache_context, "_reset_stateful_cache": _reset_stateful_cache}
-        return _derive(cls, {"blockdance_applied": applied} | members)
+        return derived(cls, {"blockdance_applied": applied} | members)
 
     return make
 
 
-def applied_to(transformer: Any) -> "Applied | None":
+def applied_to(transformer: Any) -> Any:
     """What `apply_block_dance` put on the transformer, if anything."""
     return getattr(type(transformer), "blockdance_applied", None)
 
 
-def check_free(transformer: Any) -> None:
-    """Raise SessionError if something else decides which of the transformer's blocks run."""
-    if applied_to(transformer):
-        raise SessionError("this transformer is accelerated already by apply_block_dance or enable_cache; remove that first")
-    if getattr(transformer, "is_cache_enabled", False):
-        raise SessionError(f"{type(transformer).__name__} has another cache enabled; call its disable_cache first")
+def scheduler_class(scheduler: Any) -> Callable[[type], type]:
+    """Makes the class of a scheduler that tells its session when a run begins and when a step ends.
+
+    Args:
+        scheduler: says which of the methods there are; it may answer them by `__getattr__`, as a proxy does.
+    """
+    names = tuple(name for name in ("set_timesteps", "set_begin_index", "step") if hasattr(scheduler, name))
+    return functools.partial(_scheduler_class, names=names)
 
 
 @functools.cache
-def scheduler_class(cls: type) -> type:
-    """A scheduler that tells its session when a run begins and when a step ends."""
-
+def _scheduler_class(cls: type, names: tuple[str, ...]) -> type:
     def told(name: str) -> Any:
-        original = getattr(cls, name)
+        original = getattr(cls, name, None)
 
-        @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = original(self, *args, **kwargs)
-            for session in ACTIVE.get():
-                if session.scheduler is self:
-                    getattr(session, f"after_{name}")(*args, **kwargs)
+            session = presence.stepping(self, begins=name != "step")
+            result = original(self, *args, **kwargs) if original else cls.__getattr__(self, name)(*args, **kwargs)  # type: ignore[attr-defined]
+            if session is not None:
+                getattr(session, f"after_{name}")(sys._getframe(1), args, kwargs)
             return result
 
-        return method
+        return functools.wraps(original)(method) if original else method
 
-    names = [name for name in ("set_timesteps", "set_begin_index", "step") if hasattr(cls, name)]
-    return _derive(cls, {name: told(name) for name in names})
-
-
-def swap_in(thing: Any, make_class: Callable[[type], type]) -> None:
-    """Swap the class of `thing`, or count one more user of the swapped one."""
-    with _users_lock:
-        _users[thing] = _users.get(thing, 0) + 1
-        if _users[thing] == 1:
-            thing.__class__ = make_class(type(thing))
-
-
-def swap_out(thing: Any) -> None:
-    """One user less; the last one, in any thread, puts the original class back."""
-    with _users_lock:
-        _users[thing] -= 1
-        if not _users[thing]:
-            del _users[thing]
-            thing.__class__ = original_class(type(thing))
-
-
-@contextmanager
-def swapped(thing: Any, make_class: Callable[[type], type]) -> Iterator[None]:
-    """`swap_in`, and `swap_out` whatever happens."""
-    swap_in(thing, make_class)
-    try:
-        yield
-    finally:
-        swap_out(thing)
+    return derived(cls, {name: told(name) for name in names})

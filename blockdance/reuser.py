@@ -1,24 +1,49 @@
 """What reuse does in a run: store the output of block i on cache steps, start from it on reuse steps (Sec. 3.2)."""
 
-from collections.abc import Sequence
-from itertools import product
+import warnings
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from blockdance.adapters import Streams, guidance_rows
+from blockdance.adapters import Streams
+from blockdance.agenda import Agenda, check_length
 from blockdance.batch import sample_of, samples_joined
-from blockdance.errors import ConfigError, ScheduleError
-from blockdance.policy import Moment, Policy, undecided
+from blockdance.denoiser import Denoiser
+from blockdance.errors import BlockDanceWarning, ConfigError, PolicyError, ScheduleError
+from blockdance.kept import KeptOutputs
+from blockdance.modelstate import AdapterWatch
+from blockdance.moment import moment_of
+from blockdance.part import ModelCall, Part, Run
+from blockdance.policy import Policy, undecided
 from blockdance.replay import Recording
 from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
-from blockdance.session import ModelCall, Part, Session, is_dense_by_gradient
-from blockdance.storage import Kept, Latest, StorageRule
+from blockdance.session import Session, is_dense_by_gradient
+from blockdance.storage import Kept, Latest, StorageRule, stored_by
 from blockdance.trace import Trace
 
 Plan = ReuseConfig | Schedule | Sequence[Schedule] | Policy
 """A setting, a schedule, one for each sample of the batch, or what decides on them in the run."""
 PAPER = Latest()
+GRADIENTS = "Gradients are on, so every step ran all blocks; call the pipeline under torch.no_grad()."
+NOTHING_FITS = (
+    "No call found what the last cache step had stored for its branch, as its conditioning, its shape or the model's adapters "
+    "changed with every step, so every step ran all blocks."
+)
+NO_CALLS = "The transformer was not called by the loop that steps the scheduler, so its calls ran all blocks."
+NO_RUN = "No run was begun inside: the pipeline's scheduler was never set to timesteps, so nothing was reused."
+ONE_BLOCK = "The transformer has one block, and reuse needs two, so every step runs all blocks."
+
+
+@dataclass
+class Entered:
+    """What a call's first block sees, sample by sample."""
+
+    entries: list[list[Hashable]]
+    """Everything that what is stored must have been made with: adapters, and the shape, dtype and device of each stream."""
+    inputs: list[Streams]
+    """If the storage rule wants them."""
+    starts: list[list[Kept]]
+    """What a reuse step starts from; of a step that runs all blocks empty."""
 
 
 class Reuser(Part):
@@ -31,198 +56,239 @@ class Reuser(Part):
         self.trace = trace
         self.replay = replay
         self.storage = storage
-        self.stored: dict[int, dict[tuple[int, int], list[Kept]]] = {}
-        """By guidance branch, and by sample and block."""
-        self.schedules = [Schedule.dense(1)]
-        """Of each sample; one alone is for the whole batch."""
-        self._from_step = 0
-        """Steps before this one leave nothing behind, and may be replayed."""
+        self.stored = KeptOutputs(storage.points)
+        self._agendas: list[Agenda] = []
+        """Of each denoiser."""
+        self._adapters: list[AdapterWatch] = []
         self._decides_at: int | None = None
         """The step that a policy is to decide before."""
         self._sample_rows = 0
+        self._is_planned = False
+        self._had_gradients = False
+        self._has_warned = False
         self._call: ModelCall | None = None
-        self._entries: list[list[Any]] = []
-        self._inputs: list[Streams] = []
+        self._entered = Entered([], [], [])
 
-    def begin_run(self, session: Session) -> None:
+    # The run
+
+    def begin_run(self, run: Run) -> None:
         self.stored.clear()
-        self._session, self._decides_at = session, None
-        self.trace.note, self.trace.decisions = None, ()
-        if isinstance(self.plan, Policy):
-            self._begin_undecided(self.plan, session.num_steps)
-            return
-        self.trace.note = self.plan.why_dense(session.num_steps) if isinstance(self.plan, ReuseConfig) else None
-        self._follow(schedules_for(self.plan, session.num_steps, session.num_blocks))
+        self._had_gradients = False
+        self._adapters = [AdapterWatch(denoiser.transformer) for denoiser in run.denoisers]
+        self.trace.decisions = ()
+        self.resize_run(run)
+        if self.replay is not None:
+            self.replay.check_models(run.denoisers)
+
+    def resize_run(self, run: Run) -> None:
+        self._run, self._decides_at, self.unfit, self.trace.note = run, None, None, None
+        if run.num_blocks < 2:
+            self._is_planned, self.trace.note = False, ONE_BLOCK
+            self._follow([Schedule.dense(run.num_steps)])
+        elif isinstance(self.plan, Policy):
+            self._begin_undecided(self.plan, run.num_steps)
+        else:
+            self._begin_planned(self.plan, run)
+
+    def check_fit(self) -> None:
+        """Raise the ScheduleError that makes the run that began impossible, if there is one."""
+        if self.unfit is not None:
+            raise self.unfit
+
+    def _begin_planned(self, plan: ReuseConfig | Schedule | Sequence[Schedule], run: Run) -> None:
+        if isinstance(plan, ReuseConfig):
+            self.trace.note = plan.why_dense(run.num_steps)
+            self._is_planned = plan.reuse_interval > 1
+        try:
+            plans = zip(plans_for(plan, len(run.denoisers)), run.denoisers, strict=True)
+            of_each = [schedules_for(one, run.num_steps, depth_for(one, denoiser, run.num_blocks)) for one, denoiser in plans]
+        except ScheduleError as error:
+            self.unfit, of_each = error, [[Schedule.dense(run.num_steps)]] * len(run.denoisers)
+        self._follow(*of_each)
+        if not isinstance(plan, ReuseConfig):
+            self._is_planned = any(agenda.plans_reuse() for agenda in self._agendas)
 
     def _begin_undecided(self, policy: Policy, num_steps: int) -> None:
         first = policy.decides_at(num_steps)
+        self._is_planned = True
         if first is None:
             self.trace.note = f"{num_steps} steps are too few for the policy to decide, so every step runs all blocks."
             self._follow([Schedule.dense(num_steps)])
             return
         self._follow([undecided(first, num_steps)])
-        self._decides_at, self._from_step = first, max(0, first - self.storage.points)
-        for step in range(self._from_step, first):
-            self._kept_at[0][step] = frozenset(policy.cutoffs)
+        self._decides_at = first
+        for agenda in self._agendas:
+            agenda.keep(max(0, first - self.storage.points), first, policy.cutoffs)
 
-    def _follow(self, schedules: Sequence[Schedule]) -> None:
-        """These hold from now on; one alone is for the whole batch."""
-        self.schedules = list(schedules)
-        self.trace.schedule, self.trace.schedules = self.schedules[0], tuple(self.schedules)
-        self._from_step = min(
-            one.shared_prefix - (0 if one.first_reuse is None else self.storage.points - 1) for one in self.schedules
-        )
-        points, steps = self.storage.points, range(len(self.schedules[0]))
-        self._kept_at = [[one.blocks_kept_at(step, points) for step in steps] for one in self.schedules]
+    def _follow(self, *of_each: Sequence[Schedule]) -> None:
+        """These hold from now on, for each denoiser; given once, they are for all."""
+        denoisers = self._run.denoisers
+        lists = of_each if len(of_each) == len(denoisers) else of_each * len(denoisers)
+        self._agendas = [
+            Agenda(one, denoiser.num_blocks, self.storage.points) for one, denoiser in zip(lists, denoisers, strict=True)
+        ]
+        self.trace.schedules = tuple(lists[0])
+        self.trace.schedule = self.trace.schedules[0]
+
+    def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
+        self._sample_rows = sample_rows
+
+    def end_run(self, run: Run) -> None:
+        """Say why nothing was reused, if it was asked for."""
+        if not self._is_planned or not run.steps_done or StepKind.REUSE in self.trace.ran:
+            return
+        if self.trace.note is None:
+            self.trace.note = self._why_nothing(run)
+        self.warn(self.trace.note)
+
+    def _why_nothing(self, run: Run) -> str:
+        if self._had_gradients:
+            return GRADIENTS
+        reuse = min((one.first_reuse for one in self.trace.schedules if one.first_reuse is not None), default=None)
+        if self._decides_at is not None or (reuse is not None and run.steps_done <= reuse):
+            return f"The run ended after {run.steps_done} of {run.num_steps} steps, before any step that reuses."
+        if reuse is None:
+            return "The policy decided that every step runs all blocks."
+        return NOTHING_FITS if self.trace.block_evaluations else NO_CALLS
+
+    def leave(self) -> None:
+        """Nothing runs any more; say so if nothing ever did."""
+        if self.trace.schedule is None:
+            self.trace.note = NO_RUN
+            self.warn(NO_RUN)
+
+    def warn(self, note: str) -> None:
+        """Once."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(note, BlockDanceWarning, stacklevel=2)
+
+    def drop_branch(self, expert: int, branch: int) -> None:
+        self.stored.drop((expert, branch))
+
+    # A call
 
     def begin_call(self, call: ModelCall) -> Any:
         if is_dense_by_gradient():
+            self._had_gradients = True
             self.stored.clear()
             return None
         if call.step == self._decides_at:
             self._decide(call)
-        call.kind = self._kind(call)
-        if self.replay is not None and call.step < self._from_step:
+        agenda = self._agendas[call.expert]
+        call.kind = agenda.kind(call.step, samples_of(call, agenda))
+        if self.replay is not None and call.step < min(one.from_step for one in self._agendas):
             output = self.replay.output_for(call)
             call.replayed_seconds = self.replay.trace.steps[call.step].seconds
             call.blocks_evaluated = call.depth
             return output
         return None
 
-    def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
-        self._sample_rows = sample_rows
-
     def _decide(self, call: ModelCall) -> None:
         """Ask the policy, and give every sample what was stored for the batch so far."""
         assert isinstance(self.plan, Policy)
-        self._decides_at, session = None, self._session
-        decided = self.plan.decide(moment_of(session, call, self._sample_rows))
+        self._decides_at = None
+        decided = self.plan.decide(moment_of(call, self._sample_rows, self._run.num_steps))
         schedules = [one.schedule for one in decided]
         for schedule in schedules:
-            schedule.check_depth(session.num_blocks)
+            schedule.check_depth(call.denoiser.num_blocks)
         self.trace.decisions = tuple(decided)
-        self._follow(schedules[:1] if len(set(schedules)) == 1 else schedules)
+        self._follow(alike(schedules))
         self.trace.schedules = tuple(schedules)
-        k = len(self.schedules)
-        if k > 1:
-            for stored in self.stored.values():
-                whole = {block: several for (_, block), several in stored.items()}
-                stored.clear()
-                for sample, (block, several) in product(range(k), whole.items()):
-                    stored[sample, block] = [part_of(kept, sample, k, call.rows) for kept in several]
-
-    def _kind(self, call: ModelCall) -> StepKind:
-        """What the step is for the samples of a call; where they differ it is a cache step."""
-        kinds = {self.schedules[sample][call.step] for sample in self._samples(call)}
-        return kinds.pop() if len(kinds) == 1 else StepKind.CACHE
-
-    def _samples(self, call: ModelCall) -> Sequence[int]:
-        return range(len(self.schedules)) if call.samples is None else call.samples
+        if len(alike(schedules)) > 1:
+            self.stored.split(len(schedules), call.rows)
 
     def parts_of(self, call: ModelCall) -> Sequence[Sequence[int]]:
         """Samples that skip as many blocks go together."""
-        if len(self.schedules) == 1 or is_dense_by_gradient():
+        agenda = self._agendas[call.expert]
+        if len(agenda.samples) == 1 or is_dense_by_gradient():
             return ()
-        if call.rows % len(self.schedules):
-            raise ScheduleError(f"the batch has {call.rows} rows, which do not go into {len(self.schedules)} schedules")
+        if call.rows % len(agenda.samples):
+            raise ScheduleError(f"the batch has {call.rows} rows, which do not go into {len(agenda.samples)} schedules")
         alike: dict[int, list[int]] = {}
-        for sample, schedule in enumerate(self.schedules):
-            alike.setdefault(schedule.blocks_at(call.step, self._session.num_blocks), []).append(sample)
+        for sample in agenda.samples:
+            alike.setdefault(agenda.blocks_run(call.step, sample), []).append(sample)
         return list(alike.values()) if len(alike) > 1 else ()
 
     def begin_part(self, call: ModelCall) -> None:
-        call.kind = self._kind(call)
+        agenda = self._agendas[call.expert]
+        call.kind = agenda.kind(call.step, samples_of(call, agenda))
+
+    # Its blocks
 
     def watches_blocks(self, call: ModelCall) -> bool:
-        return call.kind is not StepKind.FULL or any(self._is_kept(call, sample) for sample in self._samples(call))
+        if is_dense_by_gradient():
+            return False
+        agenda = self._agendas[call.expert]
+        return call.kind is not StepKind.FULL or any(agenda.kept(call.step, one) for one in samples_of(call, agenda))
 
-    def before_block(self, call: ModelCall, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams | None:
-        block = self._session.blocks[index]
-        if call is not self._call:
-            self._enter(call, block.inputs(args, kwargs))
-        samples = self._samples(call)
-        cutoff = self.schedules[samples[0]].cutoff_at(call.step)
-        if call.kind is not StepKind.REUSE or index > cutoff:
-            return None
-        if index < cutoff:
-            return block.inputs(args, kwargs)
-        starts = [
-            self.storage.outputs_at(_position(call), self.stored[call.branch][sample, index], inputs)
-            for sample, inputs in zip(samples, self._inputs, strict=True)
+    def enter(self, call: ModelCall, inputs: Streams) -> None:
+        """A reuse step that finds nothing good to start from becomes a cache step."""
+        agenda = self._agendas[call.expert]
+        samples, rows = samples_of(call, agenda), call.rows
+        parts = [[sample_of(stream, place, len(samples), rows) for stream in inputs] for place in range(len(samples))]
+        adapters, wanted = self._adapters[call.expert].mark(), self.storage.wants_inputs
+        entries: list[list[Hashable]] = [
+            [adapters, *((tuple(stream.shape), stream.dtype, stream.device) for stream in part)] for part in parts
         ]
+        copies = [tuple(stream.clone() for stream in part) if wanted else () for part in parts]
+        self._call, self._entered = call, Entered(entries, copies, [])
+        branch = (call.expert, call.branch)
+        if call.kind is StepKind.REUSE:
+            self._entered.starts = [
+                self.stored.good(
+                    branch, (sample, agenda.cutoff(call.step, sample)), entry, agenda.last_cache(call.step, sample)
+                )
+                for sample, entry in zip(samples, entries, strict=True)
+            ]
+            call.kind = StepKind.REUSE if all(self._entered.starts) else StepKind.CACHE
+        if call.kind is StepKind.CACHE:
+            for sample in samples:
+                self.stored.retain(branch, sample, frozenset(self._kept(call, sample)))
+
+    def _kept(self, call: ModelCall, sample: int) -> Collection[int]:
+        """The blocks whose output a call that runs all blocks keeps of a sample."""
+        return self._agendas[call.expert].kept(call.step, sample)
+
+    def blocks_before(self, call: ModelCall) -> Collection[int]:
+        agenda = self._agendas[call.expert]
+        return range(agenda.cutoff(call.step, samples_of(call, agenda)[0]) + 1) if call.kind is StepKind.REUSE else ()
+
+    def blocks_after(self, call: ModelCall) -> Collection[int]:
+        if call.kind is StepKind.REUSE:
+            return ()
+        return {block for sample in samples_of(call, self._agendas[call.expert]) for block in self._kept(call, sample)}
+
+    def before_block(self, call: ModelCall, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        agenda = self._agendas[call.expert]
+        if index < agenda.cutoff(call.step, samples_of(call, agenda)[0]):
+            return call.denoiser.blocks[index].inputs(args, kwargs)
+        given = zip(self._entered.starts, self._entered.inputs, strict=True)
+        starts = [self.storage.outputs_at(_position(call), start, inputs) for start, inputs in given]
         return tuple(samples_joined(streams, call.rows) for streams in zip(*starts, strict=True))
 
     def after_block(self, call: ModelCall, index: int, outputs: Streams) -> None:
-        samples = self._samples(call)
+        agenda = self._agendas[call.expert]
+        samples = samples_of(call, agenda)
         for place, sample in enumerate(samples):
-            if index not in self._kept_at[sample][call.step] or not self._is_kept(call, sample):
+            if index not in self._kept(call, sample):
                 continue
-            inputs = self._inputs[place] if self.storage.wants_inputs else None
-            ours = tuple(sample_of(stream, place, len(samples), call.rows).clone() for stream in outputs)
-            fresh = Kept(_position(call), self._entries[place], inputs, ours)
-            stored = self.stored.setdefault(call.branch, {})
-            before = [kept for kept in stored.get((sample, index), []) if kept.entry == fresh.entry]
-            earlier = [kept for kept in before if kept.position < fresh.position]
-            stored[sample, index] = [*earlier, fresh][-self.storage.points :]
-        held = sum(kept.nbytes for blocks in self.stored.values() for several in blocks.values() for kept in several)
-        self.trace.cache_bytes = max(self.trace.cache_bytes, held)
-
-    def _enter(self, call: ModelCall, inputs: Streams) -> None:
-        """The first block of a call is about to see `inputs`; a reuse step that they do not fit becomes a cache step."""
-        samples, k = self._samples(call), len(self._samples(call))
-        parts = [[sample_of(stream, place, k, call.rows) for stream in inputs] for place in range(k)]
-        self._call = call
-        self._entries = [[(tuple(stream.shape), stream.dtype, stream.device) for stream in part] for part in parts]
-        wanted = self.storage.wants_inputs
-        self._inputs = [tuple(stream.clone() for stream in part) if wanted else () for part in parts]
-        if call.kind is StepKind.REUSE and not all(map(self._fits, [call] * k, samples, self._entries)):
-            call.kind = StepKind.CACHE
-        if call.kind is StepKind.CACHE:
-            stored = self.stored.get(call.branch, {})
-            for sample, block in [place for place in stored if place[0] in samples]:
-                if self._is_kept(call, sample) and block not in self._kept_at[sample][call.step]:
-                    del stored[sample, block]
-
-    def _is_kept(self, call: ModelCall, sample: int) -> bool:
-        """On a cache step, or one of the full steps just before the first that a rule of several points looks back to."""
-        planned = self.schedules[sample][call.step]
-        looked_back_to = self._from_step <= call.step < self.schedules[sample].shared_prefix
-        return call.kind is not StepKind.REUSE and (planned is not StepKind.FULL or looked_back_to)
-
-    def _fits(self, call: ModelCall, sample: int, entry: list[Any]) -> bool:
-        kept = self.stored.get(call.branch, {}).get((sample, self.schedules[sample].cutoff_at(call.step)))
-        return kept is not None and kept[-1].entry == entry
+            inputs = self._entered.inputs[place] if self.storage.wants_inputs else None
+            ours = stored_by(self.storage, tuple(sample_of(stream, place, len(samples), call.rows) for stream in outputs))
+            fresh = Kept(_position(call), self._entered.entries[place], inputs, ours)
+            last = agenda.last_cache(call.step, sample)
+            self.stored.put((call.expert, call.branch), (sample, index), fresh, last)
+        self.trace.cache_bytes = max(self.trace.cache_bytes, sum(one.nbytes for one in self.stored.all()))
 
 
-def moment_of(session: Session, call: ModelCall, sample_rows: int) -> Moment:
-    """What a policy sees of a call, which is the first of its step; `sample_rows` are those of the latent that is stepped."""
-    named = session.named(call.args, call.kwargs)
-    rows = guidance_rows(session.transformer, session.stack, call.branch, named, call.rows, sample_rows)["conditional"]
-    text, mask = [None if one is None else one[rows] for one in words_of(named)]
-    return Moment(named[session.latent_name][rows], text, mask, session.num_steps)
+def samples_of(call: ModelCall, agenda: Agenda) -> Sequence[int]:
+    """Whom a call is about."""
+    return agenda.samples if call.samples is None else call.samples
 
 
-def words_of(named: dict[str, Any]) -> tuple[Any, Any]:
-    """The text among a transformer's arguments, (b, tokens, d), and its mask, as diffusers or as Open-Sora names them.
-
-    Open-Sora's text is (b, 1, tokens, d), and with guidance its mask has the conditional rows alone, which come first. What
-    else is called `y`, as one vector for all words, is not seen.
-    """
-    y = named.get("y")
-    if isinstance(y, Tensor) and y.is_floating_point() and y.ndim == 4:
-        return y.flatten(1, 2), named.get("mask")
-    return named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
-
-
-def part_of(kept: Kept, sample: int, num_samples: int, rows: int) -> Kept:
-    """What was kept of a whole call of `rows` rows, of one sample."""
-
-    def part(streams: Streams) -> Streams:
-        return tuple(sample_of(stream, sample, num_samples, rows).clone() for stream in streams)
-
-    outputs, inputs = part(kept.outputs), None if kept.inputs is None else part(kept.inputs)
-    entry = [((shape[0] // num_samples, *shape[1:]), *more) for shape, *more in kept.entry]
-    return Kept(kept.position, entry, inputs, outputs)
+def alike(schedules: Sequence[Schedule]) -> Sequence[Schedule]:
+    """One for the whole batch, if all are the same."""
+    return schedules[:1] if len(set(schedules)) == 1 else schedules
 
 
 def _position(call: ModelCall) -> float:
@@ -239,11 +305,29 @@ def check_kind(plan: object) -> None:
 def check_plan(plan: Plan, session: Session) -> None:
     """Raise what can be known to be wrong before a run begins: PolicyError, or ScheduleError."""
     if isinstance(plan, Policy):
+        if len(session.denoisers) > 1:
+            raise PolicyError(f"a policy decides for one transformer, this pipeline has {len(session.denoisers)}")
         plan.check(session.transformer)
-    elif isinstance(plan, ReuseConfig):
-        schedules_for(plan, 1, session.num_blocks)
-    else:
-        schedules_for(plan, len(listed(plan)[0]) if listed(plan) else 1, session.num_blocks)
+    elif session.num_blocks > 1:
+        for one, denoiser in zip(plans_for(plan, len(session.denoisers)), session.denoisers, strict=True):
+            steps = 1 if isinstance(one, ReuseConfig) or not listed(one) else len(listed(one)[0])
+            schedules_for(one, steps, depth_for(one, denoiser, session.num_blocks))
+
+
+def depth_for(plan: ReuseConfig | Schedule | Sequence[Schedule], denoiser: Denoiser, deepest: int) -> int:
+    """The depth that a plan must fit: a setting the denoiser's; schedules by hand the deepest's, as who runs a step is not known."""
+    return denoiser.num_blocks if isinstance(plan, ReuseConfig) else deepest
+
+
+def plans_for(
+    plan: ReuseConfig | Schedule | Sequence[Schedule], num_denoisers: int
+) -> Sequence[ReuseConfig | Schedule | Sequence[Schedule]]:
+    """The plan as it is for each denoiser: all steps the same, a cutoff of its own if several are given.
+
+    Raises:
+        ScheduleError: not one cutoff for each.
+    """
+    return plan.of_each(num_denoisers) if isinstance(plan, ReuseConfig) else [plan] * num_denoisers
 
 
 def listed(plan: Schedule | Sequence[Schedule]) -> list[Schedule]:
@@ -263,6 +347,5 @@ def schedules_for(plan: ReuseConfig | Schedule | Sequence[Schedule], num_steps: 
         raise ScheduleError("a batch needs one schedule for each sample, got none")
     for schedule in schedules:
         schedule.check_depth(num_blocks)
-        if len(schedule) != num_steps:
-            raise ScheduleError(f"the schedule has {len(schedule)} steps, the run has {num_steps}")
-    return schedules[:1] if len(set(schedules)) == 1 else schedules
+    check_length(schedules, num_steps)
+    return list(alike(schedules))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from blockdance.errors import ConfigError, ScheduleError
@@ -29,8 +29,9 @@ class ReuseConfig:
 
     reuse_interval: int = 2
     """The paper's N: one cache step, then N - 1 reuse steps. 1 never reuses."""
-    cutoff_block: int | None = None
-    """The paper's i: blocks 0..i are skipped on reuse steps, 0 <= i <= L - 2. None: three quarters of the L blocks."""
+    cutoff_block: int | tuple[int, ...] | None = None
+    """The paper's i: blocks 0..i are skipped on reuse steps, 0 <= i <= L - 2. None: three quarters of the L blocks. A tuple has
+    one for each transformer of a pipeline with several, as the two experts of Wan 2.2."""
     window_start: float = 0.40
     """Reuse starts at this fraction of the run's steps, in [0, 1]."""
     window_end: float = 0.95
@@ -39,14 +40,29 @@ class ReuseConfig:
     def __post_init__(self) -> None:
         if not is_integer(self.reuse_interval) or self.reuse_interval < 1:
             raise ConfigError(f"reuse_interval must be an integer of at least 1, got {self.reuse_interval!r}")
-        if self.cutoff_block is not None and (not is_integer(self.cutoff_block) or self.cutoff_block < 0):
-            raise ConfigError(f"cutoff_block must be None or an integer of at least 0, got {self.cutoff_block!r}")
+        for cutoff in self.cutoff_block if isinstance(self.cutoff_block, tuple) else (self.cutoff_block,):
+            if cutoff is not None and (not is_integer(cutoff) or cutoff < 0):
+                raise ConfigError(f"cutoff_block must be None or an integer of at least 0, got {self.cutoff_block!r}")
         for name in ("window_start", "window_end"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
                 raise ConfigError(f"{name} must be a fraction in [0, 1], got {value!r}")
         if self.window_start > self.window_end:
             raise ConfigError(f"window_start must not exceed window_end, got {self.window_start} > {self.window_end}")
+
+    def of_each(self, num_denoisers: int) -> list["ReuseConfig"]:
+        """With the cutoff of each transformer of a pipeline.
+
+        Raises:
+            ScheduleError: there is not one cutoff for each.
+        """
+        if not isinstance(self.cutoff_block, tuple):
+            return [self] * num_denoisers
+        if len(self.cutoff_block) != num_denoisers:
+            raise ScheduleError(
+                f"cutoff_block must be one number, or one for each of {num_denoisers} transformers, got {self.cutoff_block}"
+            )
+        return [replace(self, cutoff_block=cutoff) for cutoff in self.cutoff_block]
 
     def window(self, num_steps: int) -> range:
         """The steps inside the window, half-open; the only place where fractions become steps."""
@@ -226,6 +242,8 @@ def fixed_schedule(config: ReuseConfig, num_steps: int, num_blocks: int) -> Sche
     """
     if num_steps < 1:
         raise ScheduleError(f"num_steps must be at least 1, got {num_steps}")
+    (config,) = config.of_each(1)
+    assert not isinstance(config.cutoff_block, tuple)
     cutoff = default_cutoff(num_blocks) if config.cutoff_block is None else config.cutoff_block
     check_cutoff(cutoff, num_blocks)
     if config.why_dense(num_steps):

@@ -1,83 +1,206 @@
 """The session of a pipeline inside `accelerate`, `observe` or `record`: its scheduler is the step clock."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import CodeType, FrameType
 from typing import Any
 
-from blockdance.adapters import transformer_of
-from blockdance.errors import ScheduleError, SessionError, UnsupportedModelError
-from blockdance.patch import ACTIVE, check_free, scheduler_class, swapped, transformer_class
-from blockdance.session import ModelCall, Part, Session
+from blockdance import presence
+from blockdance.branches import MOST, Branches
+from blockdance.callers import Loop, functions
+from blockdance.clock import Clock, evaluation_places
+from blockdance.company import check_free
+from blockdance.denoiser import denoisers_of, first_denoiser
+from blockdance.errors import SessionError, UnsupportedModelError
+from blockdance.part import ModelCall, Part
+from blockdance.patch import NAME, scheduler_class, swapped, transformer_class
+from blockdance.session import Session
+
+__all__ = ["ScheduledSession", "depth_of", "evaluation_places", "joined", "scheduler_of"]
 
 
 class ScheduledSession(Session):
-    """Follows the scheduler: `set_timesteps` starts a run, every `step` ends one evaluation, and the number of a call since
-    the last `step` is its guidance branch.
+    """Follows the scheduler: `set_timesteps` begins a run, every `step` ends one evaluation.
 
-    Timestep values are never used; they repeat in second-order schedulers.
+    A call belongs to the run if it is made while the run is on, and by the functions that make its calls in the first
+    evaluation; what a callback calls is left plain. Timestep values are never used; they repeat in second-order schedulers.
     """
 
     def __init__(self, pipe: Any) -> None:
-        super().__init__(transformer_of(pipe))
+        super().__init__(denoisers_of(pipe))
         self.scheduler = scheduler_of(pipe)
-        self._places: list[tuple[int, int]] = []
-        self._evaluation = 0
-        self._step_calls: list[ModelCall] = []
-        self._branches = 0
-        self._unfit: ScheduleError | None = None
-        """Why the run that began cannot be."""
+        self._pipe = pipe
+        self._step = inspect.signature(self.scheduler.step)
+        self._clock: Clock | None = None
+        self._loop: Loop | None = None
+        self._loop_functions: set[tuple[CodeType, ...]] = set()
+        self._other_functions: set[tuple[CodeType, ...]] = set()
+        """Of calls in this evaluation that do not seem to be the run's."""
+        self._branches: list[Branches] = []
+        self._calls: list[ModelCall] = []
+        """Of this evaluation, and those of the step before it."""
+        self._order = 0
+        self._plain_calls = 0
+        """Calls of the denoisers while no run was on, since a run was."""
 
-    def after_set_timesteps(self, *_: Any, **__: Any) -> None:
+    # The run
+
+    def after_set_timesteps(self, frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A run begins."""
-        self._begin_places(evaluation_places(self.scheduler))
+        requested = kwargs.get("num_inference_steps", args[0] if args else None)
+        self.give_up_run()
+        self._clock = Clock(self.scheduler, requested if isinstance(requested, int) else None)
+        self._loop = Loop(frame)
+        self._begin()
 
-    def after_set_begin_index(self, begin_index: int = 0, *_: Any, **__: Any) -> None:
+    def after_set_begin_index(self, frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Image-to-image runs only the timesteps from `begin_index` on: count those."""
-        if begin_index:
-            places = evaluation_places(self.scheduler)[begin_index:]
-            first = places[0][0] if places else 0
-            self._begin_places([(step - first, stage) for step, stage in places])
+        begin_index = kwargs.get("begin_index", args[0] if args else 0)
+        if self._clock is not None and self._clock.is_new and self._clock.begin_at(begin_index):
+            self._begin()
 
-    def after_step(self, *args: Any, **kwargs: Any) -> None:
+    def _begin(self) -> None:
+        assert self._clock is not None
+        self._branches = [Branches(lambda branch, expert=expert: self._drop(expert, branch)) for expert in self._experts]  # type: ignore[misc]
+        self._loop_functions, self._other_functions = set(), set()
+        self._calls, self._order, self._plain_calls = [], 0, 0
+        self.begin_run(self._clock.num_steps)
+
+    @property
+    def _experts(self) -> range:
+        return range(len(self.denoisers))
+
+    def _drop(self, expert: int, branch: int) -> None:
+        for part in self.parts:
+            part.drop_branch(expert, branch)
+
+    def after_step(self, frame: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An evaluation ends, and with the last one of a step, the step."""
-        if self._evaluation >= len(self._places):
+        clock = self._clock
+        if clock is None or clock.is_over:
+            self._check_steps()
             return
-        step = self._places[self._evaluation][0]
-        self._evaluation += 1
-        self._branches = 0
-        over = self._evaluation == len(self._places)
-        if over or self._places[self._evaluation][0] != step:
-            calls, self._step_calls = self._step_calls, []
-            sample = kwargs["sample"] if "sample" in kwargs else args[2]
-            for part in self.parts:
-                part.end_step(step, calls, len(sample))
+        given = arguments_of(self._step, args, kwargs)
+        if clock.is_new and clock.place_after_step(self.scheduler, given.get("timestep")):
+            self._resize(clock)
+        if not self._order:
+            self._loop_functions |= self._other_functions
+        for branches in self._branches:
+            branches.end_evaluation()
+        self._other_functions, self._order = set(), 0
+        step = clock.end_evaluation()
+        if step is not None:
+            self._end_step(step, len(given["sample"] if "sample" in given else args[0]))
+        if clock.is_over:
+            self.give_up_run()
 
-    def _begin_places(self, places: list[tuple[int, int]]) -> None:
-        self._places, self._evaluation, self._branches, self._step_calls = places, 0, 0, []
-        self._unfit = None
-        try:
-            self.begin_run(places[-1][0] + 1 if places else 0)
-        except ScheduleError as error:  # image-to-image says only afterwards how many of its steps it runs
-            self._unfit = error
+    def _end_step(self, step: int, sample_rows: int) -> None:
+        calls, self._calls = self._calls, []
+        self.steps_done = step + 1
+        for part in self.parts:
+            part.end_step(step, calls, sample_rows)
 
-    def next_place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
-        if not self._places:
-            raise SessionError("the transformer was called before scheduler.set_timesteps; call it inside the with block")
-        if self._unfit is not None:
-            raise self._unfit
-        if self._evaluation >= len(self._places):
+    def _resize(self, clock: Clock) -> None:
+        """Its first step shows that fewer steps run than there are timesteps."""
+        self.num_steps = clock.num_steps
+        for part in self.parts:
+            part.resize_run(self)
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        for part in self.parts:
+            if part.unfit is not None:
+                raise part.unfit
+
+    def _check_steps(self) -> None:
+        """Raise SessionError for a step outside of a run whose calls were plain."""
+        if self._plain_calls and self._clock is None:
+            raise SessionError("scheduler.set_timesteps was called before the with block; call it inside")
+        if self._plain_calls:
             raise SessionError(f"the run of {self.num_steps} steps is over; call scheduler.set_timesteps to start another")
-        self._branches += 1
-        return *self._places[self._evaluation], self._branches - 1
 
-    def next_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
-        call = super().next_call(args, kwargs)
-        self._step_calls.append(call)
+    def give_up_run(self) -> None:
+        """Nothing more comes of the run that is on, if one is."""
+        if self._loop is not None:
+            self._loop = None
+            for part in self.parts:
+                part.end_run(self)
+
+    def close(self) -> None:
+        """In force no more; lets go of the frames of a run that was given up."""
+        presence.leave(self)
+        self._loop = None
+
+    # Its calls
+
+    def is_at(self, arguments: tuple[Any, Any]) -> bool:
+        """Whether the timestep among them is a view of the scheduler's own."""
+        if self._loop is None or self._clock is None:
+            return False
+        args, kwargs = arguments
+        return any(self._clock.index_of(value) is not None for value in (*args, *kwargs.values()))
+
+    def next_call(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> ModelCall | None:
+        clock, denoiser = self._clock, self.denoisers[expert]
+        if self._loop is None or clock is None:
+            self._check_scheduler()
+            self._plain_calls += 1
+            return None
+        site = self._loop.site(frame)
+        if clock.is_new:
+            self._place(clock, args, kwargs)
+            self._loop_functions.add(functions(site))
+        elif functions(site) not in self._loop_functions:
+            self._check_scheduler()
+            self._other_functions.add(functions(site))
+            return None
+        named = NAME.get()
+        arguments = {name: value for name, value in denoiser.named(args, kwargs).items() if name != denoiser.latent_name}
+        name = named[1] if named is not None and named[0] == id(denoiser.transformer) else None
+        branches = self._branches[expert]
+        branch = branches.branch_of(branches.looks_like(name, arguments, site))
+        self._check_calls(branches)
+        call = self.made_call(expert, (*clock.place, branch), args, kwargs, self._order)
+        self._order += 1
+        self._calls.append(call)
         return call
+
+    def _place(self, clock: Clock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """At the first call the timestep may tell which of the scheduler's it is."""
+        if not clock.is_placed:
+            found = [index for value in (*args, *kwargs.values()) if (index := clock.index_of(value)) is not None]
+            if found and clock.begin_at(found[0]):
+                self._begin()
+        if clock.is_placed:
+            self._check_fit()
+
+    def _check_calls(self, branches: Branches) -> None:
+        """Raise SessionError where calls go on and on and no step ends."""
+        if branches.most_alike > MOST:
+            raise SessionError(
+                f"the transformer was called {branches.most_alike} times for one branch and pipe.scheduler was not stepped: this "
+                "pipeline steps copies of its scheduler, or none, so its steps cannot be told; "
+                "apply_block_dance(pipe.transformer, BlockDanceConfig(num_steps=...)) counts the transformer's calls instead"
+            )
+
+    def _check_scheduler(self) -> None:
+        """Raise SessionError if the pipeline has another scheduler than the one that is followed."""
+        other = getattr(self._pipe, "scheduler", None)
+        if other is not self.scheduler:
+            raise SessionError(
+                f"pipe.scheduler was replaced inside the with block ({type(self.scheduler).__name__} by {type(other).__name__}), "
+                "so its steps cannot be followed; replace it before"
+            )
+
+
+def arguments_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    return dict(zip(signature.parameters, args, strict=False)) | kwargs
 
 
 def depth_of(pipe: Any) -> int:
-    """L, the number of blocks on the depth axis of the pipeline's transformer.
+    """L, the number of blocks on the depth axis of the pipeline's transformer; of several, the deepest.
 
     Raises:
         UnsupportedModelError: the pipeline's transformer or scheduler is not supported.
@@ -100,32 +223,20 @@ def scheduler_of(pipe: Any) -> Any:
     return scheduler
 
 
-def evaluation_places(scheduler: Any) -> list[tuple[int, int]]:
-    """For every evaluation (one `scheduler.step`) of the run its (step, stage).
-
-    Second-order schedulers (Heun, KDPM2) evaluate 2 n - 1 times for n steps, PNDM's Runge-Kutta start four times for
-    each of the first three. Any other surplus counts as steps of its own.
-    """
-    evaluations, steps = len(scheduler.timesteps), scheduler.num_inference_steps
-    start = getattr(scheduler, "prk_timesteps", None)
-    if start is not None and len(start):
-        return [divmod(k, 4) if k < len(start) else (len(start) // 4 + k - len(start), 0) for k in range(evaluations)]
-    if getattr(scheduler, "order", 1) == 2 and evaluations == 2 * steps - 1:
-        return [divmod(k, 2) for k in range(evaluations)]
-    return [(k, 0) for k in range(evaluations)]
-
-
 @contextmanager
 def joined(pipe: Any, part: Part) -> Iterator[Session]:
     """Let `part` take part in the pipeline's session; the outermost caller opens it and restores everything at its end."""
-    transformer = transformer_of(pipe)
     with ExitStack() as stack:
-        active = [session for session in ACTIVE.get() if session.transformer is transformer]
-        session = active[0] if active else stack.enter_context(opened(pipe))
+        outer = presence.opened_here(first_denoiser(pipe))
+        session = outer or stack.enter_context(opened(pipe))
         check_company(part, session.parts)
         session.parts.append(part)
         stack.callback(session.parts.remove, part)
         yield session
+        if session is outer:
+            part.end_run(session)
+        else:
+            session.give_up_run()
 
 
 def check_company(part: Part, others: list[Part]) -> None:
@@ -138,13 +249,20 @@ def check_company(part: Part, others: list[Part]) -> None:
 
 
 @contextmanager
-def opened(pipe: Any) -> Iterator[Session]:
+def opened(pipe: Any) -> Iterator[ScheduledSession]:
     """A new session in this context: classes swapped inside, the original ones back at the end, whatever happened."""
     session = ScheduledSession(pipe)
-    check_free(session.transformer)
+    for denoiser in session.denoisers:
+        check_free(denoiser.transformer)
     with session.swaps as swaps:
-        swaps.enter_context(swapped(session.scheduler, scheduler_class))
-        swaps.enter_context(swapped(session.transformer, transformer_class))
-        token = ACTIVE.set((*ACTIVE.get(), session))
-        swaps.callback(ACTIVE.reset, token)
+        try:
+            swaps.enter_context(swapped(session.scheduler, scheduler_class(session.scheduler)))
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"{type(session.scheduler).__name__} cannot be followed ({error}); give the pipeline the scheduler itself"
+            ) from None
+        for denoiser in session.denoisers:
+            swaps.enter_context(swapped(denoiser.transformer, transformer_class))
+        presence.enter(session)
+        swaps.callback(session.close)
         yield session

@@ -9,21 +9,20 @@ from torch import Tensor, nn
 
 from blockdance.adapters import IMAGE, IMAGE_TEXT, TEXT_IMAGE, Block, Stack, Streams, blocks_of, parameter_names
 from blockdance.errors import UnsupportedModelError
-from blockdance.patch import ACTIVE, block_class, swapped
+from blockdance.patch import CURRENT, block_class, swapped
 
 
 class Probe:
     """Stands in for a session: first stores the output of block `cutoff`, then starts from it."""
-
-    transformer = scheduler = None
 
     def __init__(self, blocks: list[Block], cutoff: int) -> None:
         self.blocks, self.cutoff = blocks, cutoff
         self.index_of = {id(block.module): index for index, block in enumerate(blocks)}
         self.stored: Streams | None = None
 
-    def run_block(self, index: int, run: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """As `Session.run_block`."""
+    def run_block(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """As `Execution.run_block`."""
+        index = self.index_of[id(module)]
         block = self.blocks[index]
         if self.stored is not None and index <= self.cutoff:
             return block.returning(self.stored if index == self.cutoff else block.inputs(args, kwargs))
@@ -38,7 +37,7 @@ class Probe:
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(swapped(block.module, block_class))
-            stack.callback(ACTIVE.reset, ACTIVE.set((self,)))  # type: ignore[arg-type]
+            stack.callback(CURRENT.reset, CURRENT.set(self))
             yield
 
 

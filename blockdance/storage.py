@@ -94,6 +94,12 @@ class Extrapolated:
         return values[0] if len(kept) > 1 else Latest().outputs_at(position, kept, inputs)
 
 
+def stored_by(rule: StorageRule, outputs: Streams) -> Streams:
+    """Our own copy of what a block put out, where the rule wants it: a rule may say so by a method `stored`."""
+    stored = getattr(rule, "stored", None)
+    return tuple(stream.clone() for stream in outputs) if stored is None else stored(outputs)
+
+
 def lerped(start: Streams, end: Streams, weight: float) -> Streams:
     """`start` at weight 0, `end` at 1, and the straight line through them beyond."""
     return tuple(torch.lerp(a, b, weight) for a, b in zip(start, end, strict=True))

@@ -9,13 +9,35 @@ from typing import Any
 
 import torch
 
+from blockdance.part import ModelCall, Part, Run
 from blockdance.policy import Decision
 from blockdance.schedule import Schedule, StepKind
 from blockdance.scheduled import joined
-from blockdance.session import ModelCall, Part, Session
+from blockdance.session import Session
 
 OnStep = Callable[[int, int], None]
-"""Called with (finished step, number of steps) after each step; raising from it cancels the run."""
+"""Called with (finished step, number of steps) after each step, on a GPU perhaps before it has ended there; raising from it cancels
+the run."""
+Mark = float | torch.cuda.Event
+"""A moment: seconds, or an event of a GPU, whose time is read when somebody asks."""
+
+
+def mark(device: torch.device | None) -> Mark:
+    """Now, in the order of work of a GPU, or by the clock."""
+    if device is None:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(begin: Mark, end: Mark) -> float:
+    """From one mark to the next; waits for the second, if it is an event."""
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float), "both marks of a step are of one kind"
+        return end - begin
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
 
 
 @dataclass(frozen=True)
@@ -36,6 +58,25 @@ class StepRecord:
     """Wall time actually spent now; less than `seconds` for a replayed step."""
 
 
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step whose seconds may still be on the device."""
+
+    kind: StepKind
+    blocks_evaluated: float
+    blocks_total: int
+    replayed_seconds: float | None
+    begin: Mark
+    end: Mark
+
+    def record(self) -> StepRecord:
+        """With its seconds; waits for the device until the step has ended there."""
+        spent = seconds_between(self.begin, self.end)
+        replayed = self.replayed_seconds is not None
+        seconds = spent if self.replayed_seconds is None else self.replayed_seconds
+        return StepRecord(self.kind, self.blocks_evaluated, self.blocks_total, seconds, replayed, spent)
+
+
 @dataclass
 class Trace:
     """The record of the last run inside `accelerate` or `record`; complete when the run is."""
@@ -48,10 +89,21 @@ class Trace:
     decisions: tuple[Decision, ...] = ()
     """What a policy decided in this run, for each sample."""
     note: str | None = None
-    """Why the run reuses nothing, as a sentence, if it was asked to and cannot."""
+    """Why the run reuses nothing, as a sentence, if it was asked to and did not."""
     cache_bytes: int = 0
     """Bytes held by stored block outputs at most: one tensor per guidance branch."""
+    _finished: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+    """`StepRecord`s, or `FinishedStep`s until somebody asks for their seconds."""
     steps: list[StepRecord] = field(default_factory=list)
+    """The finished steps; on a GPU, to read this waits until they have ended there, and nothing else in a run does."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_finished": list(self.steps)}
+
+    @property
+    def ran(self) -> tuple[StepKind, ...]:
+        """What the finished steps did."""
+        return tuple(step.kind for step in self._finished)
 
     @property
     def seconds(self) -> float:
@@ -66,22 +118,22 @@ class Trace:
     @property
     def block_evaluations(self) -> float:
         """Blocks run in total."""
-        return sum(step.blocks_evaluated for step in self.steps)
+        return sum(step.blocks_evaluated for step in self._finished)
 
     @property
     def baseline_block_evaluations(self) -> int:
         """Blocks the plain pipeline runs for the same steps."""
-        return sum(step.blocks_total for step in self.steps)
+        return sum(step.blocks_total for step in self._finished)
 
     @property
     def kinds(self) -> str:
         """What ran, written like a schedule: `ffffcrcrf`."""
-        return "".join(step.kind.value for step in self.steps)
+        return "".join(kind.value for kind in self.ran)
 
     @property
     def speedup_ideal(self) -> float:
         """Block evaluations of the plain pipeline over ours; 1.0 before anything ran."""
-        return self.baseline_block_evaluations / self.block_evaluations if self.steps else 1.0
+        return self.baseline_block_evaluations / self.block_evaluations if self.block_evaluations else 1.0
 
     def speedup_over(self, baseline: "Trace") -> float:
         """Measured: the baseline's seconds over ours."""
@@ -108,40 +160,49 @@ class Trace:
         return json.dumps(self.to_dict())
 
 
+def _steps(trace: Trace) -> list[StepRecord]:
+    trace._finished[:] = [one if isinstance(one, StepRecord) else one.record() for one in trace._finished]
+    return trace._finished
+
+
+def _set_steps(trace: Trace, steps: list[StepRecord]) -> None:
+    trace._finished = steps
+
+
+Trace.steps = property(_steps, _set_steps, doc="The finished steps.")  # type: ignore[assignment, method-assign]
+
+
 class Tracer(Part):
-    """Fills a trace while a run goes on."""
+    """Fills a trace while a run goes on; the host never waits for the device for it."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self._last = 0.0
+        self._last: Mark = 0.0
 
-    def begin_run(self, session: Session) -> None:
-        self.trace.steps.clear()
+    def begin_run(self, run: Run) -> None:
+        self.trace._finished.clear()
         self.trace.cache_bytes = 0
-        self._on_device = next(session.transformer.parameters()).is_cuda
-        self._last = self._now()
+        self._devices = [next(denoiser.transformer.parameters()).device for denoiser in run.denoisers]
+        self._last = self._mark()
+
+    def _mark(self) -> Mark:
+        return mark(next((device for device in self._devices if device.type == "cuda"), None))
 
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
-        now = self._now()
-        kinds = {call.kind for call in calls}
+        now = self._mark()
+        kinds = {call.kind for call in calls} or {StepKind.FULL}
         replayed = [call.replayed_seconds for call in calls if call.replayed_seconds is not None]
-        self.trace.steps.append(
-            StepRecord(
+        self.trace._finished.append(
+            FinishedStep(
                 kind=kinds.pop() if len(kinds) == 1 else StepKind.CACHE,
                 blocks_evaluated=sum(call.blocks_evaluated for call in calls),
                 blocks_total=sum(call.depth for call in calls),
-                seconds=replayed[0] if replayed else now - self._last,
-                replayed=bool(replayed),
-                spent_seconds=now - self._last,
+                replayed_seconds=replayed[0] if replayed else None,
+                begin=self._last,
+                end=now,
             )
         )
         self._last = now
-
-    def _now(self) -> float:
-        """Seconds; waits for the device first, so that a step's seconds are its own."""
-        if self._on_device:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 class StepTeller(Part):
@@ -151,8 +212,10 @@ class StepTeller(Part):
         self.on_step = on_step
         self.num_steps = 0
 
-    def begin_run(self, session: Session) -> None:
-        self.num_steps = session.num_steps
+    def begin_run(self, run: Run) -> None:
+        self.num_steps = run.num_steps
+
+    resize_run = begin_run
 
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
         self.on_step(step, self.num_steps)

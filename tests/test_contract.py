@@ -211,8 +211,9 @@ def test_image_to_image_counts_only_the_steps_it_runs(case: Case) -> None:
     with torch.no_grad(), accelerate(pipe, ReuseConfig(2, 3, 0.5, 1.0)) as trace:
         pipe.scheduler.set_timesteps(10)
         pipe.scheduler.set_begin_index(4)
+        inputs = case.inputs(1)
         for timestep in pipe.scheduler.timesteps[4:]:
-            pipe.transformer(**case.inputs(1))
+            pipe.transformer(**inputs)
             pipe.scheduler.step(torch.zeros(1, 4, 8, 8), timestep, torch.zeros(1, 4, 8, 8))
     assert trace.kinds == "fffcrc"
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from blockdance.ada.network import DecisionNetwork, Shape
 from blockdance.errors import ConfigError, PolicyError
-from blockdance.patch import original_class
 from blockdance.policy import Decision, Moment
 from blockdance.schedule import MIN_STEPS, Schedule, StepKind
 from blockdance.storage import StorageRule, rule_named
+from blockdance.swap import original_class
 
 RHO = 0.4
 """The paper's: the share of the run that is over when a policy decides."""

@@ -3,7 +3,7 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from torch import Tensor
 from blockdance.accelerate import accelerate
 from blockdance.batch import samples_joined
 from blockdance.errors import UnsupportedModelError
+from blockdance.moment import moment_of
+from blockdance.part import ModelCall, Part, Run
 from blockdance.policy import Moment
 from blockdance.replay import Recording, record
-from blockdance.reuser import moment_of
 from blockdance.schedule import Schedule
 from blockdance.scheduled import joined
-from blockdance.session import ModelCall, Part, Session
 from blockdance.storage import StorageRule
 
 Pixels = NDArray[np.uint8]
@@ -56,12 +56,12 @@ class Watcher(Part):
         self.rows = 0
         self._sample_rows = 0
 
-    def begin_run(self, session: Session) -> None:
-        self._session = session
+    def begin_run(self, run: Run) -> None:
+        self._num_steps = run.num_steps
 
     def begin_call(self, call: ModelCall) -> None:
         if call.step == self.step and self.moment is None:
-            seen = moment_of(self._session, call, self._sample_rows)
+            seen = moment_of(call, self._sample_rows, self._num_steps)
             self.moment = Moment(seen.latent.clone(), seen.text, seen.text_mask, seen.num_steps)
             self.rows = call.rows
 
@@ -146,4 +146,4 @@ def repeated(recording: Recording, times: int, rows: int) -> Recording:
 
     inputs = {key: [several(value) for value in values] for key, values in recording.inputs.items()}
     outputs = {key: output(value) for key, value in recording.outputs.items()}
-    return Recording(recording.trace, recording.transformer, inputs, outputs)
+    return replace(recording, inputs=inputs, outputs=outputs)

@@ -1,0 +1,126 @@
+"""Tell the branches of a run apart: by what the pipeline calls them, by their conditioning, and by where they are called."""
+
+import re
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from blockdance.arguments import Leaf, leaves_of, same_value, version_of
+from blockdance.callers import Site
+
+CHANGES_EVERY_STEP = re.compile(r"timestep|sigma|latent|controlnet|^t$|^r$|^x$|(?<!encoder_)hidden_states$")
+"""Names of arguments that say where a run is, and not what it is about."""
+MOST = 8
+"""Conditionings, and branches, remembered at most; a text that changes with every call makes a new one each time."""
+SEVERAL_NAMES = ("conditional", "unconditional", "perturbed")
+"""Of branches in calls of their own, in the order in which diffusers' pipelines call them."""
+
+
+@cache
+def is_conditioning(name: str) -> bool:
+    """Whether an argument of that name tells one branch from another."""
+    return not CHANGES_EVERY_STEP.search(name)
+
+
+class Conditionings:
+    """Gives equal conditionings equal numbers.
+
+    An argument is known by its object as long as nobody writes into it, which costs no look at its values. Only what is made
+    anew for every call is compared, and that waits for its device.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Hashable, list[tuple[Leaf, int]]]] = {}
+        """By number: the signature, and every leaf with the count of writes into it."""
+        self._numbers: dict[Hashable, int] = {}
+        self._next = 0
+
+    def number_of(self, arguments: Mapping[str, Any]) -> int:
+        """Of a call with these arguments."""
+        leaves = list(leaves_of({name: value for name, value in arguments.items() if is_conditioning(name)}))
+        signature = tuple((path, _identity(value)) for path, value in leaves)
+        number = self._numbers.get(signature)
+        if number is not None:
+            return number
+        found = next((number for number in reversed(self._known) if self._equals(number, leaves)), None)
+        number = self._next if found is None else found
+        self._next += found is None
+        self._remember(number, signature, leaves)
+        return number
+
+    def _equals(self, number: int, leaves: list[Leaf]) -> bool:
+        known = self._known[number][1]
+        return len(known) == len(leaves) and all(
+            path == other and not _was_written(ours, version) and not (ours is theirs and _was_written(theirs, version))
+            and same_value(ours, theirs)
+            for ((path, ours), version), (other, theirs) in zip(known, leaves, strict=True)
+        )  # fmt: skip
+
+    def _remember(self, number: int, signature: Hashable, leaves: list[Leaf]) -> None:
+        """Keeps the leaves, so that no other object gets the identity of one."""
+        if number in self._known:
+            self._numbers.pop(self._known.pop(number)[0], None)
+        elif len(self._known) >= MOST:
+            oldest = next(iter(self._known))
+            self._numbers.pop(self._known.pop(oldest)[0], None)
+        self._known[number] = signature, [(leaf, version_of(leaf[1]) if isinstance(leaf[1], Tensor) else 0) for leaf in leaves]
+        self._numbers[signature] = number
+
+
+def _identity(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return id(value), version_of(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+
+
+def _was_written(value: Any, version: int) -> bool:
+    return isinstance(value, Tensor) and version_of(value) != version
+
+
+class Branches:
+    """Numbers the branches of one denoiser in the order in which they first come."""
+
+    def __init__(self, drop: Callable[[int], None]) -> None:
+        self._drop = drop
+        """Called with a branch that is not remembered any more, or not to be trusted."""
+        self._conditionings = Conditionings()
+        self._branches: dict[Hashable, int] = {}
+        self._calls: dict[Hashable, int] = {}
+        """Calls that look the same, in this evaluation."""
+        self._usual: dict[Hashable, int] = {}
+        """How many there are in an evaluation."""
+        self._next = 0
+
+    def looks_like(self, name: str | None, arguments: Mapping[str, Any], site: Site) -> Hashable:
+        """What tells a call from others: its `cache_context`, its conditioning and where it comes from."""
+        return name, self._conditionings.number_of(arguments), site
+
+    def branch_of(self, look: Hashable) -> int:
+        """The branch of a call; calls of one look are as many branches as there are of them in one evaluation."""
+        ordinal = self._calls.get(look, 0)
+        self._calls[look] = ordinal + 1
+        return self.number_of((look, ordinal))
+
+    def number_of(self, key: Hashable) -> int:
+        """The number of a branch."""
+        if key not in self._branches:
+            if len(self._branches) >= MOST:
+                self._drop(self._branches.pop(next(iter(self._branches))))
+            self._branches[key] = self._next
+            self._next += 1
+        return self._branches[key]
+
+    @property
+    def most_alike(self) -> int:
+        """Calls of one look in this evaluation, at most."""
+        return max(self._calls.values(), default=0)
+
+    def end_evaluation(self) -> None:
+        """Drops branches that cannot be told apart, as there were more calls of their look than usual."""
+        for look, count in self._calls.items():
+            if count > self._usual.setdefault(look, count):
+                for ordinal in range(count):
+                    self._drop(self.number_of((look, ordinal)))
+        self._calls.clear()

@@ -1,0 +1,84 @@
+"""The transformers of a pipeline: where their blocks are."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from blockdance.adapters import STACKS, blocks_of, parameter_names, stack_of, transformer_of
+from blockdance.selftest import candidate_stacks, proven_stack
+
+FURTHER = re.compile(r"^(unconditional_)?transformer(_\d+)?$")
+"""Names by which pipelines hold further denoisers: the low-noise expert of Wan 2.2, the unconditional one of others."""
+
+
+class Denoiser:
+    """One transformer in use, and what is known of it."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        known = stack_of(transformer)
+        self._unproven = [] if known else candidate_stacks(transformer)
+        self.stack = known or self._unproven[0]
+        self._names = parameter_names(transformer)
+        self._find_blocks()
+
+    def _find_blocks(self) -> None:
+        self.blocks = blocks_of(self.transformer, self.stack)
+        self.index_of = {id(block.module): index for index, block in enumerate(self.blocks)}
+
+    @property
+    def num_blocks(self) -> int:
+        """L, the depth."""
+        return len(self.blocks)
+
+    @property
+    def latent_name(self) -> str:
+        """Of the transformer's first parameter."""
+        return self._names[0]
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call of the transformer by their names."""
+        return dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+
+    def prove(self, call: Callable[[], Any]) -> None:
+        """Before the first call of a class without an adapter: find blocks that reuse exactly.
+
+        Raises:
+            UnsupportedModelError: there are none.
+        """
+        if self._unproven:
+            self.stack = proven_stack(self.transformer, self._unproven, call)
+            self._unproven = []
+            self._find_blocks()
+
+
+def denoisers_of(pipe: Any) -> list[Denoiser]:
+    """Of a pipeline, the one called `transformer` first; one, or several that take turns or have a branch each.
+
+    Raises:
+        UnsupportedModelError: it has none that can be accelerated.
+    """
+    first = first_denoiser(pipe)
+    found = {id(model): model for model in (first, *_further(pipe)) if model is first or _is_known(model)}
+    return [Denoiser(model) for model in found.values()]
+
+
+def first_denoiser(pipe: Any) -> nn.Module:
+    """The pipeline's `transformer`; where it has none, the first further one.
+
+    Raises:
+        UnsupportedModelError: it has none that can be accelerated.
+    """
+    further = _further(pipe)
+    return further[0] if further and getattr(pipe, "transformer", None) is None else transformer_of(pipe)
+
+
+def _further(pipe: Any) -> list[nn.Module]:
+    names = {name for name in (*vars(type(pipe)), *vars(pipe)) if FURTHER.match(name)} - {"transformer"}
+    return [model for name in sorted(names) if isinstance(model := getattr(pipe, name, None), nn.Module)]
+
+
+def _is_known(model: nn.Module) -> bool:
+    return any(base.__name__ in STACKS for base in type(model).__mro__)
