@@ -92,6 +92,10 @@ class CountedSession(Session):
         self._progress: dict[int, Progress] = {}
         self._callers.clear()
 
+    def tell_misses(self) -> None:
+        """Warn if nothing was reused of what was asked for."""
+        self._reuser.tell_misses()
+
     def _drop(self, branch: int) -> None:
         self._progress.pop(branch, None)
         self._reuser.drop_branch(0, branch)
@@ -209,8 +213,9 @@ class Applied:
         self.session().forget()
 
     def remove(self) -> None:
-        """Leave the transformer exactly as it was; a second time does nothing."""
+        """Leave the transformer exactly as it was, and warn if nothing was reused; a second time does nothing."""
         self._swaps.close()
+        self.session().tell_misses()
 
 
 def apply_block_dance(transformer: nn.Module, config: ReuseConfig) -> Applied:

@@ -12,6 +12,7 @@ from blockdance.callers import Site
 
 CHANGES_EVERY_STEP = re.compile(r"timestep|sigma|latent|controlnet|^t$|^r$|^x$|(?<!encoder_)hidden_states$")
 """Names of arguments that say where a run is, and not what it is about."""
+MANY_MISSES = 4
 MOST = 8
 """Conditionings, and branches, remembered at most; a text that changes with every call makes a new one each time."""
 SEVERAL_NAMES = ("conditional", "unconditional", "perturbed")
@@ -28,10 +29,11 @@ class Conditionings:
     """Gives equal conditionings equal numbers.
 
     An argument is known by its object as long as nobody writes into it, which costs no look at its values. Only what is made
-    anew for every call is compared, and that waits for its device.
+    anew for every call is compared. On a GPU that waits for it, so there it begins after more misses than there are branches.
     """
 
     def __init__(self) -> None:
+        self._misses = 0
         self._known: dict[int, tuple[Hashable, list[tuple[Leaf, int]]]] = {}
         """By number: the signature, and every leaf with the count of writes into it."""
         self._numbers: dict[Hashable, int] = {}
@@ -44,7 +46,9 @@ class Conditionings:
         number = self._numbers.get(signature)
         if number is not None:
             return number
-        found = next((number for number in reversed(self._known) if self._equals(number, leaves)), None)
+        others = reversed(self._known) if self._misses >= MANY_MISSES or not any(map(_is_far, leaves)) else ()
+        found = next((number for number in others if self._equals(number, leaves)), None)
+        self._misses += found is None
         number = self._next if found is None else found
         self._next += found is None
         self._remember(number, signature, leaves)
@@ -67,6 +71,10 @@ class Conditionings:
             self._numbers.pop(self._known.pop(oldest)[0], None)
         self._known[number] = signature, [(leaf, version_of(leaf[1]) if isinstance(leaf[1], Tensor) else 0) for leaf in leaves]
         self._numbers[signature] = number
+
+
+def _is_far(leaf: Leaf) -> bool:
+    return isinstance(leaf[1], Tensor) and leaf[1].device.type != "cpu"
 
 
 def _identity(value: Any) -> Hashable:

@@ -68,7 +68,7 @@ class Clock:
         is_one = timestep.numel() == 1 or not any(timestep.stride())
         if not is_one or not shares_storage(timestep, self._timesteps):
             return None
-        index = timestep.storage_offset() - self._timesteps.storage_offset()
+        index = int(timestep.storage_offset() - self._timesteps.storage_offset())
         return index if 0 <= index < len(self._timesteps) else None
 
     def place_after_step(self, scheduler: Any, timestep: Any) -> bool:
@@ -103,7 +103,7 @@ class Moment:
 
 
 def moment_of(timestep: Any) -> Moment:
-    """On a GPU a view of the scheduler's timesteps is known by its place; any other timestep is read, which waits for the GPU."""
+    """On a GPU a view of the scheduler's timesteps is known by its place; any other is read, which waits for the GPU."""
     if not isinstance(timestep, Tensor):
         return Moment(float(timestep), None)
     is_one = timestep.numel() == 1 or not any(timestep.stride())

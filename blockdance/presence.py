@@ -76,14 +76,19 @@ def calling(transformer: nn.Module, arguments: tuple[Any, Any]) -> Any:
 
     A context that knows of an older run only has been overtaken by another one of the same session; its calls are plain.
     """
-    for session, run in reversed(here()):
-        if session.has(transformer):
-            return session if run == session.run_number else None
-    for session in list(_open):
+    ours = next(((session, run) for session, run in reversed(here()) if session.has(transformer)), None)
+    if ours is not None and knows(*ours):
+        return ours[0]
+    for session in [ours[0]] if ours is not None else list(_open):
         if session.has(transformer) and session.is_at(arguments):
             bind(session)
             return session
     return None
+
+
+def knows(session: Present, run: int) -> bool:
+    """Whether a context that knows of this run is where the run that is on is called; one that saw none begin may be."""
+    return run in (0, session.run_number)
 
 
 def stepping(scheduler: Any, begins: bool) -> Any:
@@ -98,7 +103,7 @@ def stepping(scheduler: Any, begins: bool) -> Any:
     """
     for session, run in reversed(here()):
         if session.scheduler is scheduler:
-            return session if begins or run == session.run_number else None
+            return session if begins or knows(session, run) else None
     found = [session for session in list(_open) if session.scheduler is scheduler]
     if len(found) > 1:
         raise SessionError(

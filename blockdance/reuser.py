@@ -66,8 +66,9 @@ class Reuser(Part):
         self._is_planned = False
         self._had_gradients = False
         self._has_warned = False
-        self._call: ModelCall | None = None
         self._entered = Entered([], [], [])
+        self._reused = self._missed = 0
+        """Calls that were to reuse: those that did, and those that ran all blocks instead."""
 
     # The run
 
@@ -134,7 +135,9 @@ class Reuser(Part):
         self._sample_rows = sample_rows
 
     def end_run(self, run: Run) -> None:
-        """Say why nothing was reused, if it was asked for."""
+        """Let go of what is stored; say why nothing was reused, if it was asked for."""
+        self.stored.clear()
+        self._entered = Entered([], [], [])
         if not self._is_planned or not run.steps_done or StepKind.REUSE in self.trace.ran:
             return
         if self.trace.note is None:
@@ -156,6 +159,11 @@ class Reuser(Part):
         if self.trace.schedule is None:
             self.trace.note = NO_RUN
             self.warn(NO_RUN)
+
+    def tell_misses(self) -> None:
+        """Where runs have no known end: say so if nothing was reused of what was asked for until now."""
+        if not self._reused and (self._missed or self._had_gradients):
+            self.warn(GRADIENTS if self._had_gradients else NOTHING_FITS)
 
     def warn(self, note: str) -> None:
         """Once."""
@@ -232,7 +240,7 @@ class Reuser(Part):
             [adapters, *((tuple(stream.shape), stream.dtype, stream.device) for stream in part)] for part in parts
         ]
         copies = [tuple(stream.clone() for stream in part) if wanted else () for part in parts]
-        self._call, self._entered = call, Entered(entries, copies, [])
+        self._entered = Entered(entries, copies, [])
         branch = (call.expert, call.branch)
         if call.kind is StepKind.REUSE:
             self._entered.starts = [
@@ -241,7 +249,9 @@ class Reuser(Part):
                 )
                 for sample, entry in zip(samples, entries, strict=True)
             ]
-            call.kind = StepKind.REUSE if all(self._entered.starts) else StepKind.CACHE
+            found = all(self._entered.starts)
+            call.kind = StepKind.REUSE if found else StepKind.CACHE
+            self._reused, self._missed = self._reused + found, self._missed + (not found)
         if call.kind is StepKind.CACHE:
             for sample in samples:
                 self.stored.retain(branch, sample, frozenset(self._kept(call, sample)))
@@ -315,7 +325,7 @@ def check_plan(plan: Plan, session: Session) -> None:
 
 
 def depth_for(plan: ReuseConfig | Schedule | Sequence[Schedule], denoiser: Denoiser, deepest: int) -> int:
-    """The depth that a plan must fit: a setting the denoiser's; schedules by hand the deepest's, as who runs a step is not known."""
+    """The depth that a plan must fit: a setting its denoiser's; schedules by hand the deepest, as any may run a step."""
     return denoiser.num_blocks if isinstance(plan, ReuseConfig) else deepest
 
 

@@ -82,8 +82,10 @@ class ScheduledSession(Session):
             self._check_steps()
             return
         given = arguments_of(self._step, args, kwargs)
-        if clock.is_new and clock.place_after_step(self.scheduler, given.get("timestep")):
-            self._resize(clock)
+        if clock.is_new and not clock.is_placed:
+            if clock.place_after_step(self.scheduler, given.get("timestep")):
+                self._resize(clock)
+            self._check_fit()
         if not self._order:
             self._loop_functions |= self._other_functions
         for branches in self._branches:
@@ -106,7 +108,6 @@ class ScheduledSession(Session):
         self.num_steps = clock.num_steps
         for part in self.parts:
             part.resize_run(self)
-        self._check_fit()
 
     def _check_fit(self) -> None:
         for part in self.parts:
@@ -123,7 +124,7 @@ class ScheduledSession(Session):
     def give_up_run(self) -> None:
         """Nothing more comes of the run that is on, if one is."""
         if self._loop is not None:
-            self._loop = None
+            self._loop, self._branches, self._calls = None, [], []
             for part in self.parts:
                 part.end_run(self)
 
@@ -179,8 +180,8 @@ class ScheduledSession(Session):
         """Raise SessionError where calls go on and on and no step ends."""
         if branches.most_alike > MOST:
             raise SessionError(
-                f"the transformer was called {branches.most_alike} times for one branch and pipe.scheduler was not stepped: this "
-                "pipeline steps copies of its scheduler, or none, so its steps cannot be told; "
+                f"the transformer was called {branches.most_alike} times for one branch and pipe.scheduler was not stepped: "
+                "this pipeline steps copies of its scheduler, or none, so its steps cannot be told; "
                 "apply_block_dance(pipe.transformer, BlockDanceConfig(num_steps=...)) counts the transformer's calls instead"
             )
 
@@ -189,8 +190,8 @@ class ScheduledSession(Session):
         other = getattr(self._pipe, "scheduler", None)
         if other is not self.scheduler:
             raise SessionError(
-                f"pipe.scheduler was replaced inside the with block ({type(self.scheduler).__name__} by {type(other).__name__}), "
-                "so its steps cannot be followed; replace it before"
+                f"pipe.scheduler was replaced inside the with block ({type(self.scheduler).__name__} by "
+                f"{type(other).__name__}), so its steps cannot be followed; replace it before"
             )
 
 

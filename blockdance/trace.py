@@ -16,8 +16,8 @@ from blockdance.scheduled import joined
 from blockdance.session import Session
 
 OnStep = Callable[[int, int], None]
-"""Called with (finished step, number of steps) after each step, on a GPU perhaps before it has ended there; raising from it cancels
-the run."""
+"""Called with (finished step, number of steps) after each step; raising from it cancels the run. On a GPU the step may not have
+ended there yet."""
 Mark = float | torch.cuda.Event
 """A moment: seconds, or an event of a GPU, whose time is read when somebody asks."""
 
