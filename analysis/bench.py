@@ -24,6 +24,7 @@ from analysis.experiment import (
 )
 from analysis.metrics import PerceptualDistance, Picture, perceptual_distance, psnr, ssim
 from analysis.records import Record, circumstances, kept, write_records
+from analysis.speedup import MEASURED, speedup_of
 from analysis.stopwatch import interleaved, paired_ratios, spread
 from blockdance import ReuseConfig, Schedule, Trace, accelerate, fixed_schedule, load_demo_pipeline, observe
 
@@ -152,14 +153,13 @@ def speedup_record(
 
 
 def speedup_figures(baseline: Sequence[float], ours: Sequence[float], ideal: float) -> Record:
-    """Seconds, the ratio of the medians and its share of the ideal, and the spread of the rounds' own ratios."""
-    measured = float(np.median(baseline) / np.median(ours))
+    """Seconds, and the speedup with its quartiles and its share of the ideal."""
+    measured = speedup_of(baseline, ours)
     return {
         **spread("seconds", ours),
-        "speedup_measured": measured,
+        **measured,
         "speedup_ideal": ideal,
-        "fraction_of_ideal": measured / ideal,
-        **spread("speedup_paired", paired_ratios(baseline, ours)),
+        "fraction_of_ideal": measured[MEASURED] / ideal,
     }
 
 
@@ -170,7 +170,6 @@ def compared(baseline: Callable[[], object], ours: Callable[[], object], repeats
         "repeats": repeats,
         **spread("baseline_seconds", seconds["baseline"]),
         **spread("seconds", seconds["ours"]),
-        "ratio_of_medians": float(np.median(seconds["ours"]) / np.median(seconds["baseline"])),
         **spread("ratio_paired", paired_ratios(seconds["ours"], seconds["baseline"])),
     }
 
