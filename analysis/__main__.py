@@ -21,6 +21,7 @@ from analysis.browser import write_png
 from analysis.compare import COMPARE_RESULTS, compare, read_prompts
 from analysis.experiment import MAX_STEPS, Request, with_sampler
 from analysis.full_size import DTYPES, FORWARDS, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
+from analysis.host import ROUNDS as HOST_ROUNDS
 from analysis.metrics import perceptual_distance
 from analysis.optional_rivals import REQUIREMENTS, is_installed
 from analysis.points import short
@@ -84,7 +85,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats",
         type=int,
-        help=f"interleaved rounds, 1 to {MAX_REPEATS}; overhead takes {OVERHEAD_ROUNDS} times as many, the app is started "
+        help=f"interleaved rounds, 1 to {MAX_REPEATS}; overhead takes {OVERHEAD_ROUNDS} times as many, host {HOST_ROUNDS} times, the app is started "
         f"{STARTS} times (default: {REPEATS}, about five minutes on two cores; {FULL_SIZE_REPEATS} with --model)",
     )
     parser.add_argument(

@@ -22,8 +22,9 @@ from analysis.experiment import (
     warm_up,
     with_sampler,
 )
+from analysis.host import measure_host
 from analysis.metrics import PerceptualDistance, Picture, perceptual_distance, psnr, ssim
-from analysis.records import Record, circumstances, kept, write_records
+from analysis.records import Record, circumstances, kept, provenance, write_records
 from analysis.speedup import MEASURED, speedup_of
 from analysis.stopwatch import interleaved, paired_ratios, spread
 from blockdance import ReuseConfig, Schedule, Trace, accelerate, fixed_schedule, load_demo_pipeline, observe
@@ -240,6 +241,8 @@ class Bench:
     measures: str
     """What, as a phrase."""
     measure: Callable[[Setup], list[Record]]
+    origin: Callable[[Any, Request], Record] = circumstances
+    """Where, with what and on what it was measured."""
 
 
 BENCHES = {
@@ -251,6 +254,11 @@ BENCHES = {
     "observe": Bench("observe over the plain pipeline call", measure_observe),
     "slider": Bench("a new setting with the shared steps replayed, figures included, over the baseline's call", measure_slider),
     "cache": Bench("bytes of stored block outputs, one tensor per guidance branch", measure_cache),
+    "host": Bench(
+        "microseconds of Python a step, around blocks that do nothing, in the plain pipeline and inside accelerate",
+        lambda setup: measure_host(setup.repeats),
+        lambda *_: provenance(),
+    ),
     "app": Bench("app.py from its start to an answering page, and a comparison it remembers", measure_application),
     "visitors": Bench("the page for many visitors while one draws, and the app's memory over many runs", measure_many),
 }
@@ -274,10 +282,9 @@ def run_bench(only: Sequence[str], repeats: int, out: Path) -> list[Record]:
     others = kept(out, only)
     pipe = load_demo_pipeline()
     setup = Setup(pipe, with_sampler(pipe, REQUEST.sampler), perceptual_distance(), repeats)
-    circumstance = circumstances(pipe, REQUEST)
     warm_up(pipe)
     records = [
-        {"bench": name, "measures": BENCHES[name].measures} | found | circumstance
+        {"bench": name, "measures": BENCHES[name].measures} | found | BENCHES[name].origin(pipe, REQUEST)
         for name in BENCHES
         if name in only
         for found in BENCHES[name].measure(setup)

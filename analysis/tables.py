@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from analysis import tables_host
 from analysis.records import BenchError, Record
 from analysis.speedup import TOLD, speedup_in
 
@@ -50,7 +51,21 @@ def named(results: Path, readme: Path) -> str:
 
 
 def render(records: Sequence[Record], results: str) -> str:
-    """Both tables with the sentences that make them readable.
+    """The tables with the sentences that make them readable.
+
+    Raises:
+        BenchError: no records, or records of different machines, models or requests.
+    """
+    host = [record for record in records if record["bench"] == "host"]
+    boxed = [record for record in records if record["bench"] != "host"]
+    parts = render_boxed(boxed, results) if boxed or not host else []
+    if host:
+        parts += [tables_host.caption(host), table(tables_host.HEAD, tables_host.rows(host))]
+    return "\n\n".join(parts)
+
+
+def render_boxed(records: Sequence[Record], results: str) -> list[str]:
+    """What was measured on the model in the box, both tables with their sentences.
 
     Raises:
         BenchError: no records, or records of different machines, models or requests.
@@ -63,7 +78,7 @@ def render(records: Sequence[Record], results: str) -> str:
         parts += [speedup_caption(speedups[0]), table(SPEEDUP_HEAD, [speedup_row(record) for record in speedups])]
     if others:
         parts.append(table(("what", "measured"), others))
-    return "\n\n".join(parts)
+    return parts
 
 
 def check_one_origin(records: Sequence[Record]) -> None:

@@ -67,6 +67,11 @@ def test_every_second_round_runs_backwards() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_a_run_may_say_itself_how_long_it_took() -> None:
+    seconds = interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, repeats=2, timed=lambda run: run())
+    assert seconds == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
+
+
 @pytest.mark.parametrize(
     ("values", "median", "quartiles"), [([5.0, 1.0, 2.0, 4.0, 3.0], 3.0, [2.0, 4.0]), ([7.0], 7.0, [7.0, 7.0])]
 )
