@@ -85,8 +85,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats",
         type=int,
-        help=f"interleaved rounds, 1 to {MAX_REPEATS}; overhead takes {OVERHEAD_ROUNDS} times as many, host {HOST_ROUNDS} times, the "
-        f"app is started {STARTS} times (default: {REPEATS}, about five minutes on two cores; {FULL_SIZE_REPEATS} with --model)",
+        help=f"interleaved rounds, 1 to {MAX_REPEATS}; overhead takes {OVERHEAD_ROUNDS} times as many, host "
+        f"{HOST_ROUNDS} times, the app is started {STARTS} times (default: {REPEATS}, about six minutes on two cores; "
+        f"{FULL_SIZE_REPEATS} with --model)",
     )
     parser.add_argument(
         "--only",
