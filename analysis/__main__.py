@@ -20,9 +20,11 @@ from analysis.bench_app import STARTS
 from analysis.browser import write_png
 from analysis.compare import COMPARE_RESULTS, compare, read_prompts
 from analysis.experiment import MAX_STEPS, Request, with_sampler
-from analysis.full_size import DTYPES, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
+from analysis.full_size import DTYPES, FORWARDS, FULL_SIZE_REPEATS, FULL_SIZE_RESULTS, Job, defaults, run_full_size
+from analysis.host import ROUNDS as HOST_ROUNDS
 from analysis.metrics import perceptual_distance
 from analysis.optional_rivals import REQUIREMENTS, is_installed
+from analysis.points import short
 from analysis.records import RESULTS, ROOT, BenchError, Record, read_records
 from analysis.rivals import METHODS
 from analysis.site import export_site
@@ -31,7 +33,7 @@ from analysis.styles import ROUNDS as STYLES_ROUNDS
 from analysis.styles import STYLES_RESULTS, measure_styles, render_styles, update_styles
 from analysis.tables import BEGIN, END, render, update_readme
 from analysis.tables_ada import ada_figure, render_ada, update_ada
-from analysis.tables_compare import CURVES, compare_figure, render_compare, short, update_compare, write_curves
+from analysis.tables_compare import CURVES, compare_figure, render_compare, update_compare, write_curves
 from analysis.tables_full_size import render_full_size, update_full_size
 from analysis.trials import TESTED_ON, cutoffs_that_deepen, render_trials, run_trials
 from analysis.video import PROMPTS as VIDEO_PROMPTS
@@ -83,8 +85,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats",
         type=int,
-        help=f"interleaved rounds, 1 to {MAX_REPEATS}; overhead takes {OVERHEAD_ROUNDS} times as many, the app is started "
-        f"{STARTS} times (default: {REPEATS}, about five minutes on two cores; {FULL_SIZE_REPEATS} with --model)",
+        help=f"interleaved rounds, 1 to {MAX_REPEATS}; overhead takes {OVERHEAD_ROUNDS} times as many, host "
+        f"{HOST_ROUNDS} times, the app is started {STARTS} times (default: {REPEATS}, about six minutes on two cores; "
+        f"{FULL_SIZE_REPEATS} with --model)",
     )
     parser.add_argument(
         "--only",
@@ -107,14 +110,18 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--random-weights", action="store_true", help="required with --model: speed does not depend on the weights"
     )
     full.add_argument("--batch", type=int, nargs="+", help="samples drawn together (default: 1 4 16; on a CPU 1)")
-    full.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4], help="the paper's N (default: 2 3 4)")
+    full.add_argument(
+        "--intervals", type=int, nargs="+", default=[2, 3, 4], help="the paper's N; 1 never reuses (default: 2 3 4)"
+    )
     full.add_argument(
         "--steps",
         type=int,
         help=f"sampling steps, {MIN_STEPS} to {MAX_STEPS} (default: the preset's; on a CPU half of them, which is said)",
     )
     full.add_argument("--dtype", help=f"one of {', '.join(DTYPES)} (default: bfloat16 on the GPU, float32 on the CPU)")
-    full.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
+    full.add_argument(
+        "--forward", default="eager", help=f"how the transformer runs, one of {', '.join(FORWARDS)} (default: %(default)s)"
+    )
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -309,7 +316,7 @@ def bench_full_size(args: argparse.Namespace) -> None:
         steps if args.steps is None else args.steps,
         FULL_SIZE_REPEATS if args.repeats is None else args.repeats,
         args.dtype,
-        args.compile,
+        args.forward,
     )
     out = args.out or FULL_SIZE_RESULTS
     print(render_full_size(run_full_size(job, out), str(out)))

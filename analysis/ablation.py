@@ -11,9 +11,9 @@ from tqdm import tqdm
 from analysis.ada import Rivals, held_out
 from analysis.experiment import Request, run_baseline, run_variant
 from analysis.metrics import PerceptualDistance, difference
+from analysis.points import short
 from analysis.records import RESULTS, Record, provenance, read_records
 from analysis.tables import table
-from analysis.tables_compare import short
 from blockdance import Profile, StepKind
 from blockdance.ada import AdaPolicy
 from blockdance.ada.train import main as train

@@ -22,8 +22,10 @@ from analysis.experiment import (
     warm_up,
     with_sampler,
 )
+from analysis.host import measure_host
 from analysis.metrics import PerceptualDistance, Picture, perceptual_distance, psnr, ssim
-from analysis.records import Record, circumstances, kept, write_records
+from analysis.records import Record, circumstances, kept, provenance, write_records
+from analysis.speedup import MEASURED, speedup_of
 from analysis.stopwatch import interleaved, paired_ratios, spread
 from blockdance import ReuseConfig, Schedule, Trace, accelerate, fixed_schedule, load_demo_pipeline, observe
 
@@ -152,14 +154,13 @@ def speedup_record(
 
 
 def speedup_figures(baseline: Sequence[float], ours: Sequence[float], ideal: float) -> Record:
-    """Seconds, the ratio of the medians and its share of the ideal, and the spread of the rounds' own ratios."""
-    measured = float(np.median(baseline) / np.median(ours))
+    """Seconds, and the speedup with its quartiles and its share of the ideal."""
+    measured = speedup_of(baseline, ours)
     return {
         **spread("seconds", ours),
-        "speedup_measured": measured,
+        **measured,
         "speedup_ideal": ideal,
-        "fraction_of_ideal": measured / ideal,
-        **spread("speedup_paired", paired_ratios(baseline, ours)),
+        "fraction_of_ideal": measured[MEASURED] / ideal,
     }
 
 
@@ -170,7 +171,6 @@ def compared(baseline: Callable[[], object], ours: Callable[[], object], repeats
         "repeats": repeats,
         **spread("baseline_seconds", seconds["baseline"]),
         **spread("seconds", seconds["ours"]),
-        "ratio_of_medians": float(np.median(seconds["ours"]) / np.median(seconds["baseline"])),
         **spread("ratio_paired", paired_ratios(seconds["ours"], seconds["baseline"])),
     }
 
@@ -241,6 +241,8 @@ class Bench:
     measures: str
     """What, as a phrase."""
     measure: Callable[[Setup], list[Record]]
+    origin: Callable[[Any, Request], Record] = circumstances
+    """Where, with what and on what it was measured."""
 
 
 BENCHES = {
@@ -252,6 +254,11 @@ BENCHES = {
     "observe": Bench("observe over the plain pipeline call", measure_observe),
     "slider": Bench("a new setting with the shared steps replayed, figures included, over the baseline's call", measure_slider),
     "cache": Bench("bytes of stored block outputs, one tensor per guidance branch", measure_cache),
+    "host": Bench(
+        "microseconds of Python a step, around blocks that do nothing, in the plain pipeline and inside accelerate",
+        lambda setup: measure_host(setup.repeats),
+        lambda *_: provenance(),
+    ),
     "app": Bench("app.py from its start to an answering page, and a comparison it remembers", measure_application),
     "visitors": Bench("the page for many visitors while one draws, and the app's memory over many runs", measure_many),
 }
@@ -275,10 +282,9 @@ def run_bench(only: Sequence[str], repeats: int, out: Path) -> list[Record]:
     others = kept(out, only)
     pipe = load_demo_pipeline()
     setup = Setup(pipe, with_sampler(pipe, REQUEST.sampler), perceptual_distance(), repeats)
-    circumstance = circumstances(pipe, REQUEST)
     warm_up(pipe)
     records = [
-        {"bench": name, "measures": BENCHES[name].measures} | found | circumstance
+        {"bench": name, "measures": BENCHES[name].measures} | found | BENCHES[name].origin(pipe, REQUEST)
         for name in BENCHES
         if name in only
         for found in BENCHES[name].measure(setup)

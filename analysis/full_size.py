@@ -14,17 +14,26 @@ from analysis.architectures import ARCHITECTURES, Sampler, sampler_for, with_ran
 from analysis.experiment import MAX_STEPS, check_range
 from analysis.memory import peak_bytes
 from analysis.records import RESULTS, BenchError, Record, commit, provenance, read_records, write_records
-from analysis.stopwatch import interleaved, paired_ratios, spread
+from analysis.speedup import MEASURED, speedup_of
+from analysis.stopwatch import interleaved, spread
 from blockdance import MIN_STEPS, Schedule, Trace, accelerate, fixed_schedule
 from blockdance.presets import PRESETS
 
 FULL_SIZE_RESULTS = RESULTS.with_name("full_size.jsonl")
+FORWARDS = {
+    "eager": "eager",
+    "blocks": "blocks compiled",
+    "whole": "transformer compiled as a whole",
+    "graphs": "transformer compiled as a whole, with CUDA graphs",
+}
+"""How the transformer runs, and how a table says it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FULL_SIZE_REPEATS = 3
 WARM_UP_STEPS = MIN_STEPS
 MAX_BATCH = 64
-KEY = ("architecture", "batch", "reuse_interval", "steps", "dtype", "device", "compiled")
-"""What tells one measurement from another; it is not made again while the results file has it from the same commit."""
+KEY = ("architecture", "batch", "reuse_interval", "steps", "dtype", "device")
+"""What tells one measurement from another, beside `forward_of` it; it is not made again while the results file has it from the
+same commit."""
 
 Run = int | Literal["baseline", "outside"]
 """A timed run: the paper's N, the plain sampler, or the plain sampler with its blocks left out."""
@@ -36,7 +45,7 @@ class Job:
 
     Raises:
         RequestError: a value outside its range.
-        BenchError: no such architecture or dtype.
+        BenchError: no such architecture, dtype or forward.
     """
 
     name: str
@@ -49,16 +58,19 @@ class Job:
     repeats: int = FULL_SIZE_REPEATS
     dtype: str | None = None
     """A key of DTYPES; None: bfloat16 on the GPU, float32 on the CPU."""
-    compiled: bool = False
+    forward: str = "eager"
+    """A key of FORWARDS."""
 
     def __post_init__(self) -> None:
         defaults(self.name)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise BenchError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.forward not in FORWARDS:
+            raise BenchError(f"forward must be one of {', '.join(FORWARDS)}, got {self.forward!r}")
         for batch in self.batches:
             check_range("batch", batch, 1, MAX_BATCH, int)
         for interval in self.intervals:
-            check_range("intervals", interval, 2, MAX_STEPS, int)
+            check_range("intervals", interval, 1, MAX_STEPS, int)
         if self.steps is not None:
             check_range("steps", self.steps, MIN_STEPS, MAX_STEPS, int)
         check_range("repeats", self.repeats, 1, 1000, int)
@@ -81,7 +93,7 @@ class Job:
 
     def key(self, batch: int, interval: int) -> tuple[Any, ...]:
         """Of the record that measures this."""
-        return self.name, batch, interval, self.run_steps, self.run_dtype, device_here().type, self.compiled
+        return self.name, batch, interval, self.run_steps, self.run_dtype, device_here().type, self.forward
 
 
 def defaults(name: str) -> tuple[tuple[int, ...], int | None]:
@@ -110,8 +122,7 @@ def run_full_size(job: Job, out: Path) -> list[Record]:
     missing = missing_intervals(job, records)
     if missing:
         model = with_random_weights(ARCHITECTURES[job.name].build, device_here(), DTYPES[job.run_dtype])
-        for block in blocks_of(model) if job.compiled else []:
-            block.compile(fullgraph=True)
+        compile_for(job.forward, model)
     for batch, intervals in missing.items():
         try:
             found = measure(job, sampler_for(job.name, model, batch), batch, intervals)
@@ -157,7 +168,7 @@ def warm_up(job: Job, sampler: Sampler, num_blocks: int) -> None:
 
     Compiled blocks have four graphs for a batch size and dynamo keeps eight, so those of the last batch size are dropped.
     """
-    if job.compiled:
+    if job.forward != "eager":
         torch.compiler.reset()
     sampler(WARM_UP_STEPS)
     accelerated(sampler, replace(job, steps=WARM_UP_STEPS).schedule(2, num_blocks))
@@ -176,27 +187,26 @@ def circumstances_of(job: Job, sampler: Sampler, batch: int) -> Record:
         "preset_steps": PRESETS[job.name].steps,
         "dtype": job.run_dtype,
         "device": device_here().type,
-        "compiled": job.compiled,
+        "forward": job.forward,
         "repeats": job.repeats,
     }
 
 
 def speedup(job: Job, interval: int, trace: Trace, seconds: Mapping[Run, list[float]]) -> Record:
     """Measured and ideal, of one interval."""
-    baseline, ours, outside_blocks = (float(np.median(seconds[run])) for run in ("baseline", interval, "outside"))
-    measured, evaluated = baseline / ours, trace.block_evaluations / trace.baseline_block_evaluations
-    with_outside = ideal_with_outside(evaluated, outside_blocks / baseline)
+    measured = speedup_of(seconds["baseline"], seconds[interval])
+    outside_fraction = float(np.median(seconds["outside"]) / np.median(seconds["baseline"]))
+    with_outside = ideal_with_outside(trace.block_evaluations / trace.baseline_block_evaluations, outside_fraction)
     assert trace.schedule is not None
     return {
         "reuse_interval": interval,
         "cutoff_block": trace.schedule.cutoff_block,
         "schedule": str(trace.schedule),
-        "speedup_measured": measured,
-        **spread("speedup_paired", paired_ratios(seconds["baseline"], seconds[interval])),
+        **measured,
         "speedup_ideal": trace.speedup_ideal,
-        "fraction_of_ideal": measured / trace.speedup_ideal,
+        "fraction_of_ideal": measured[MEASURED] / trace.speedup_ideal,
         "speedup_ideal_with_outside": with_outside,
-        "fraction_of_ideal_with_outside": measured / with_outside,
+        "fraction_of_ideal_with_outside": measured[MEASURED] / with_outside,
         "block_evaluations": trace.block_evaluations,
         "baseline_block_evaluations": trace.baseline_block_evaluations,
         "cache_bytes": trace.cache_bytes,
@@ -204,7 +214,7 @@ def speedup(job: Job, interval: int, trace: Trace, seconds: Mapping[Run, list[fl
         **spread("seconds", seconds[interval]),
         **spread("baseline_seconds", seconds["baseline"]),
         **spread("outside_seconds", seconds["outside"]),
-        "outside_fraction": outside_blocks / baseline,
+        "outside_fraction": outside_fraction,
     }
 
 
@@ -256,9 +266,26 @@ def blocks_of(model: Any) -> Any:
     return model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
 
 
+def compile_for(forward: str, model: Any) -> None:
+    """Have the transformer run as a key of FORWARDS says; `torch.compile` works in place."""
+    if forward == "blocks":
+        for block in blocks_of(model):
+            block.compile(fullgraph=True)
+    elif forward == "whole":
+        model.compile()
+    elif forward == "graphs":
+        model.compile(mode="reduce-overhead")
+
+
 def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def key_of(record: Record) -> tuple[Any, ...]:
-    return tuple(record.get(name) for name in KEY)
+    return *(record.get(name) for name in KEY), forward_of(record)
+
+
+def forward_of(record: Record) -> str:
+    """How the transformer ran: a key of FORWARDS; lines of before 2026-11-26 say whether blocks were compiled."""
+    forward: str = record["forward"] if "forward" in record else "blocks" if record["compiled"] else "eager"
+    return forward

@@ -7,6 +7,7 @@ from typing import Any
 from analysis.experiment import Baseline, Request, control_figures, fewer_steps, figures, run_baseline, run_variant
 from analysis.metrics import PerceptualDistance
 from analysis.records import Record
+from analysis.speedup import speedup_in
 from analysis.timing import Timing, time_interleaved
 from blockdance import ReuseConfig, Schedule, fixed_schedule
 
@@ -64,10 +65,9 @@ def line_of(rival: Rival, timings: Mapping[Schedule | int, Timing], ours: Record
 def row(line: Record, lead: Sequence[str], cells: Callable[[Record], list[str]]) -> list[str]:
     """One row: `lead`, the speedups and `cells` of a line, and the same of its control."""
     fewer = line["fewer_steps"]
+
+    def told(one: Record) -> list[str]:
+        return [str(speedup_in(one)), *cells(one)]
+
     control = f"{fewer['steps']} steps, ideal {fewer['speedup_ideal']:.2f}x"
-    return [*lead, f"{line['speedup_ideal']:.2f}x", measured(line), *cells(line), control, measured(fewer), *cells(fewer)]
-
-
-def measured(one: Record) -> str:
-    low, high = one["speedup_quartiles"]
-    return f"{one['speedup_measured']:.2f}x ({low:.2f} to {high:.2f})"
+    return [*lead, f"{line['speedup_ideal']:.2f}x", *told(line), control, *told(fewer)]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,18 +25,21 @@ def seconds_of(run: Callable[[], object]) -> float:
     return now() - start
 
 
-def interleaved(runs: Mapping[Name, Callable[[], object]], repeats: int, what: str = "") -> dict[Name, list[float]]:
+def interleaved(
+    runs: Mapping[Name, Callable[[], Any]], repeats: int, what: str = "", timed: Callable[[Any], float] = seconds_of
+) -> dict[Name, list[float]]:
     """Seconds of every run in every round; each second round goes backwards (ABBA), which cancels a steady drift.
 
     Args:
         runs: what to call, by name.
         repeats: rounds, >= 1; every run is called once in each.
         what: label of the progress bar.
+        timed: gives the seconds of a call; by default all of it counts.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
     order = [name for turn in range(repeats) for name in (reversed(list(runs)) if turn % 2 else runs)]
     for name in tqdm(order, desc=what, unit="run"):
-        seconds[name].append(seconds_of(runs[name]))
+        seconds[name].append(timed(runs[name]))
     return seconds
 
 

@@ -13,6 +13,7 @@ from analysis.intervals import compared, line_of, rivals_of, row, timed
 from analysis.metrics import PerceptualDistance
 from analysis.pictures import as_jpeg_bytes
 from analysis.records import RESULTS, BenchError, Record, provenance, write_records
+from analysis.speedup import how_measured
 from analysis.tables import between_markers, named, table
 from blockdance import ReuseConfig
 from blockdance.scheduled import depth_of
@@ -92,9 +93,9 @@ def render_styles(lines: Sequence[Record], results: str) -> str:
         f"The model in three styles ({first['num_blocks']} blocks), {len(first['prompts'])} subjects in each style, "
         f"{first['steps']} {first['sampler']} steps, guidance {first['guidance']:g}, cutoff block {first['cutoff_block']}, "
         f"window {first['window_start']:.2f} to {first['window_end']:.2f}, on {machine['cpu']}, {machine['cores']} cores: "
-        f"baseline {first['baseline_seconds']:.2f} s, medians of {first['rounds']} interleaved runs of one picture, as the "
-        f"style costs nothing. {first['lpips_name']} and SSIM are differences from the baseline. `python -m analysis styles` "
-        f"wrote [`{results}`]({results})."
+        f"baseline {first['baseline_seconds']:.2f} s (median), {first['rounds']} interleaved runs of one picture, as the style "
+        f"costs nothing. {how_measured(lines)} {first['lpips_name']} and SSIM are differences from the baseline. "
+        f"`python -m analysis styles` wrote [`{results}`]({results})."
     )
     complexity = (
         f"Complexity is how many bytes the baseline takes as a JPEG of quality 90: in the mean {sizes}. Its rank correlation "

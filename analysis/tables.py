@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from analysis import tables_host
 from analysis.records import BenchError, Record
+from analysis.speedup import TOLD, speedup_in
 
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
@@ -49,7 +51,21 @@ def named(results: Path, readme: Path) -> str:
 
 
 def render(records: Sequence[Record], results: str) -> str:
-    """Both tables with the sentences that make them readable.
+    """The tables with the sentences that make them readable.
+
+    Raises:
+        BenchError: no records, or records of different machines, models or requests.
+    """
+    host = [record for record in records if record["bench"] == "host"]
+    boxed = [record for record in records if record["bench"] != "host"]
+    parts = render_boxed(boxed, results) if boxed or not host else []
+    if host:
+        parts += [tables_host.caption(host), table(tables_host.HEAD, tables_host.rows(host))]
+    return "\n\n".join(parts)
+
+
+def render_boxed(records: Sequence[Record], results: str) -> list[str]:
+    """What was measured on the model in the box, both tables with their sentences.
 
     Raises:
         BenchError: no records, or records of different machines, models or requests.
@@ -62,7 +78,7 @@ def render(records: Sequence[Record], results: str) -> str:
         parts += [speedup_caption(speedups[0]), table(SPEEDUP_HEAD, [speedup_row(record) for record in speedups])]
     if others:
         parts.append(table(("what", "measured"), others))
-    return "\n\n".join(parts)
+    return parts
 
 
 def check_one_origin(records: Sequence[Record]) -> None:
@@ -94,32 +110,26 @@ def speedup_caption(record: Record) -> str:
     """What the columns of the first table mean."""
     return (
         f"Seconds are of the whole pipeline call: the baseline takes {seconds(record['baseline_seconds'])}. "
-        f"*Measured* is the ratio of the medians of {record['repeats']} interleaved runs, in brackets the quartiles of "
-        f"the paired ratios; *ideal* counts blocks (the control's counts steps). Window {record['window_start']:.2f} to "
-        f"{record['window_end']:.2f}, {record['num_blocks']} blocks. The difference from the baseline is the mean over "
-        f"{len(record['difference_prompts'])} prompts of {record['lpips_name']}, 0 for equal pictures, and SSIM, 1 for "
-        "equal pictures; it is not a quality."
+        f"*Measured*, over {record['repeats']} interleaved rounds, is {TOLD}; *ideal* counts blocks (the control's counts "
+        f"steps). Window {record['window_start']:.2f} to {record['window_end']:.2f}, {record['num_blocks']} blocks. The "
+        f"difference from the baseline is the mean over {len(record['difference_prompts'])} prompts of {record['lpips_name']}, "
+        "0 for equal pictures, and SSIM, 1 for equal pictures; it is not a quality."
     )
 
 
 def speedup_row(record: Record) -> list[str]:
-    fewer = record["fewer_steps"]
+    fewer, ours = record["fewer_steps"], speedup_in(record)
     return [
         str(record["reuse_interval"]),
         str(record["cutoff_block"]),
         f"{record['speedup_ideal']:.2f}x",
-        measured(record),
-        f"{record['fraction_of_ideal']:.3f}",
+        str(ours),
+        ours.of(record["speedup_ideal"]),
         difference(record),
         f"{fewer['steps']} steps, ideal {fewer['speedup_ideal']:.2f}x",
-        measured(fewer),
+        str(speedup_in(fewer)),
         difference(fewer),
     ]
-
-
-def measured(found: Record) -> str:
-    low, high = found["speedup_paired_quartiles"]
-    return f"{found['speedup_measured']:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def difference(found: Record) -> str:
@@ -135,19 +145,17 @@ def observe_rows(record: Record) -> list[list[str]]:
 
 
 def overhead(record: Record) -> str:
-    """The ratio of medians as a percentage more, beside the paired one."""
+    """The median of the paired ratios as a percentage more, and their quartiles."""
     low, high = record["ratio_paired_quartiles"]
-    return (
-        f"{percent(record['ratio_of_medians'])} (ratio of the medians of {record['repeats']} runs; "
-        f"paired {percent(record['ratio_paired'])}, quartiles {percent(low)} to {percent(high)})"
-    )
+    spent = f"median of {record['repeats']} paired ratios, quartiles {percent(low)} to {percent(high)}"
+    return f"{percent(record['ratio_paired'])} ({spent})"
 
 
 def slider_rows(record: Record) -> list[list[str]]:
     low, high = record["seconds_quartiles"]
     replayed = f"{record['replayed_steps']} of {record['steps']} steps replayed"
     spent = f"{seconds(record['seconds'])} (median of {record['repeats']}, quartiles {seconds(low)} to {seconds(high)})"
-    share = f"{record['ratio_of_medians']:.2f} of the baseline's {seconds(record['baseline_seconds'])}"
+    share = f"{record['ratio_paired']:.2f} of the baseline's {seconds(record['baseline_seconds'])}"
     return [[f"a new setting with a known baseline, {replayed}, figures included", f"{spent}, {share}"]]
 
 

@@ -11,9 +11,10 @@ from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
 from analysis.ablation import UPDATES, read_ablation, render_ablation
+from analysis.points import RESAMPLES, Point, point, short
 from analysis.records import BenchError, Record
 from analysis.tables import between_markers, named, table
-from analysis.tables_compare import RESAMPLES, Point, by_steps, point, short
+from analysis.tables_compare import by_steps
 
 BEGIN = "<!-- ada:begin -->"
 END = "<!-- ada:end -->"
@@ -126,8 +127,9 @@ def render_ada(lines: Sequence[Record], results: str) -> str:
     prompts, machine = len({line["prompt"] for line in lines}), first["machine"]
     parts = [
         f"The model in the box, {prompts} prompts that no training has seen, {first['sampler']}, guidance "
-        f"{first['guidance']:g}, on {machine['cpu']}, {machine['torch_threads']} thread. Speed is the ratio of the median "
-        f"seconds of the whole call (of replayed steps the baseline's), the decision included. {first['lpips_name']} to the "
+        f"{first['guidance']:g}, on {machine['cpu']}, {machine['torch_threads']} thread. Speed is the median over "
+        f"prompts of the baseline's seconds over the method's, of the whole call (of replayed steps the baseline's), the "
+        f"decision included, in brackets the quartiles of these ratios. {first['lpips_name']} to the "
         f"baseline, mean over prompts (95 % interval) and worst; a difference, not a quality. `{COMMAND}` wrote "
         f"[`{results}`]({results})."
     ]
@@ -156,7 +158,7 @@ def said(lines: Sequence[Record]) -> str:
 
 def rows_of(lines: Sequence[Record]) -> str:
     rows = [
-        [METHODS[name], one.knob, f"{one.speedup:.2f}x", f"{one.ideal:.2f}x", *cells(one)]
+        [METHODS[name], one.knob, str(one.measured), f"{one.ideal:.2f}x", *cells(one)]
         for name, several in curves(lines).items()
         for one in several
     ]

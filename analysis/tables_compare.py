@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from analysis.atlas import ATLAS
+from analysis.points import Point, points, short
 from analysis.records import BenchError, Record
 from analysis.rivals import METHODS
 from analysis.tables import between_markers, named, table
@@ -20,7 +20,6 @@ BEGIN = "<!-- compare:begin -->"
 END = "<!-- compare:end -->"
 LEVELS = (1.25, 1.4, 1.6, 2.0)
 """Measured speedups at which methods are set against each other."""
-RESAMPLES = 2000
 COMMAND = "python -m analysis compare"
 CURVES = ATLAS / "comparison.json"
 """The curves as the page shows them."""
@@ -31,76 +30,11 @@ COLOURS = dict(zip(METHODS, [GREY, *VIVID], strict=False))
 OTHER_LEVEL = 1.6
 OTHER_METRICS = (
     f"The settings of the column of {OTHER_LEVEL:g}x by other metrics. *MACs*: the baseline's multiply-accumulates in the "
-    "blocks' linear layers over the method's. *Peak memory*: what tensors of one run take at most, beside the weights."
+    "blocks' linear layers over the method's. *Measured*: the median over prompts of the paired "
+    "ratios (in brackets their quartiles). *Peak memory*: what tensors of one run take at most, beside the weights."
 )
 OURS = "blockdance"
 """What the names of our methods begin with."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One method at one setting, over all prompts."""
-
-    method: str
-    knob: str
-    prompts: int
-    speedup: float
-    """The baseline's median seconds over ours."""
-    ideal: float
-    """The baseline's multiply-accumulates in the blocks over ours, mean over prompts."""
-    lpips: float
-    """Mean difference from the baseline."""
-    interval: tuple[float, float]
-    """Of the mean, 95 %, by resampling prompts."""
-    worst: float
-    ssim: float
-    ssim_interval: tuple[float, float]
-    ssim_worst: float
-    psnr: float
-    """Mean in dB over the pictures that differ from the baseline at all; infinite if none does."""
-    psnr_interval: tuple[float, float]
-    psnr_worst: float
-    peak_bytes: int
-    """That tensors of one run take at most."""
-
-
-def points(lines: Sequence[Record]) -> list[Point]:
-    """One for each method and setting, in the order of METHODS and of their speed."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for line in lines:
-        groups.setdefault((line["method"], line["knob"]), []).append(line)
-    found = [point(name, knob, group) for (name, knob), group in groups.items()]
-    order = list(METHODS)
-    return sorted(found, key=lambda one: (order.index(one.method), one.speedup))
-
-
-def point(name: str, knob: str, lines: Sequence[Record]) -> Point:
-    lpips, ssim = (np.array([line[metric] for line in lines]) for metric in ("lpips", "ssim"))
-    psnr = np.array([line["psnr"] for line in lines if line["psnr"] is not None])
-    return Point(
-        name,
-        knob,
-        len(lines),
-        float(np.median([line["baseline_seconds"] for line in lines]) / np.median([line["seconds"] for line in lines])),
-        float(np.mean([line["speedup_ideal"] for line in lines])),
-        float(lpips.mean()),
-        bootstrap(lpips),
-        float(lpips.max()),
-        float(ssim.mean()),
-        bootstrap(ssim),
-        float(ssim.min()),
-        float(psnr.mean()) if len(psnr) else np.inf,
-        bootstrap(psnr) if len(psnr) else (np.inf, np.inf),
-        float(psnr.min(initial=np.inf)),
-        max(line["peak_bytes"] for line in lines),
-    )
-
-
-def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean, by drawing as many values again and again, with a fixed seed."""
-    chosen = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[chosen].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def best_at(found: Sequence[Point], name: str, level: float) -> Point | None:
@@ -134,11 +68,6 @@ class Verdict:
 
 def told(one: Point) -> str:
     return f"{one.method} ({short(one.lpips)}, worst {short(one.worst)})"
-
-
-def short(value: float) -> str:
-    """Two digits that count, without an exponent."""
-    return np.format_float_positional(value, precision=2, fractional=False, trim="-")
 
 
 def verdicts(found: Sequence[Point]) -> list[Verdict]:
@@ -182,7 +111,8 @@ def write_curves(file: Path, lines: Sequence[Record]) -> None:
 
 def on_page(one: Point) -> dict[str, Any]:
     """What the page shows of a setting; a PSNR may be infinite, which JSON cannot say."""
-    return {name: value for name, value in asdict(one).items() if not name.startswith(("psnr", "ssim_"))}
+    shown = {name: value for name, value in asdict(one).items() if not name.startswith(("psnr", "ssim_", "measured"))}
+    return shown | {"speedup": one.speedup}
 
 
 def update_compare(readme: Path, lines: Sequence[Record], results: Path) -> None:
@@ -243,7 +173,7 @@ def other_metrics(best: Mapping[tuple[str, float], Point | None]) -> str:
             rows.append(
                 [
                     f"{one.method} ({one.knob})",
-                    f"{one.speedup:.2f}x",
+                    str(one.measured),
                     f"{one.ideal:.2f}x",
                     f"{one.ssim:.5f} ({ssim[0]:.5f} to {ssim[1]:.5f}), worst {one.ssim_worst:.4f}",
                     f"{one.psnr:.1f} dB ({psnr[0]:.1f} to {psnr[1]:.1f}), worst {one.psnr_worst:.1f}",
@@ -262,7 +192,8 @@ def caption(lines: Sequence[Record], results: str) -> str:
         f"The model in the box, {prompts} prompts, {first['steps']} {first['sampler']} steps, guidance {first['guidance']:g}, "
         f"on {place}. Each cell: of a method's settings that are measured to be at least so fast, the one with the least mean "
         f"{first['lpips_name']} to the baseline (its 95 % interval over prompts), the worst prompt, the setting, and its "
-        f"measured speedup. A difference from the baseline is not a quality. `{COMMAND}` wrote [`{results}`]({results})."
+        "measured speedup, the median over prompts of the baseline's seconds over the method's in the same round. A difference "
+        f"from the baseline is not a quality. `{COMMAND}` wrote [`{results}`]({results})."
     )
 
 

@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from analysis.full_size import FORWARDS, forward_of
 from analysis.records import BenchError, Record
-from analysis.tables import between_markers, measured, named, seconds, table
+from analysis.speedup import TOLD, speedup_in
+from analysis.tables import between_markers, named, seconds, table
 
 BEGIN = "<!-- full-size:begin -->"
 END = "<!-- full-size:end -->"
 COMMAND = "python -m analysis bench --model NAME --random-weights"
 HEAD = (
+    "on",
     "model",
     "batch",
     "steps",
     "N",
+    "runs",
     "baseline",
     "ideal",
     "measured",
@@ -36,7 +41,7 @@ def update_full_size(readme: Path, records: Sequence[Record], results: Path) -> 
 
 
 def render_full_size(records: Sequence[Record], results: str) -> str:
-    """A table for every combination of machine, versions, dtype and compilation, with a sentence above that names it.
+    """A table for every machine and commit, with a sentence above that names it; each row names the hardware again.
 
     Raises:
         BenchError: no records.
@@ -50,7 +55,7 @@ def render_full_size(records: Sequence[Record], results: str) -> str:
         places.setdefault(place(record), []).append(record)
     parts = [caption(results)]
     for where, found in places.items():
-        parts += [where, table(HEAD, [row(record) for record in found])]
+        parts += [where, table(HEAD, [row(record) for record in sorted(found, key=order)])]
     return "\n\n".join(parts)
 
 
@@ -58,8 +63,8 @@ def caption(results: str) -> str:
     """What the columns mean."""
     return (
         "The true architectures with random weights (speed does not depend on them), cutoff block 20 of 28, the paper's "
-        "window, guidance in one batch of twice the rows, the sampling loop alone. *Measured* is the ratio of the medians of "
-        "interleaved runs, in brackets the quartiles of the paired ratios; *ideal* counts blocks. *Outside the blocks* is the "
+        "window, guidance in one batch of twice the rows, the sampling loop alone. *Runs* are interleaved rounds; *measured* "
+        f"is {TOLD}; *ideal* counts blocks. *Outside the blocks* is the "
         "share of a plain run spent in embeddings, output layer and scheduler, which reuse does not save. *Peak memory* is "
         "what tensors take beside the weights. The last column is "
         f"the paper's own figure, on its hardware. `{COMMAND}` wrote [`{results}`]({results})."
@@ -67,29 +72,47 @@ def caption(results: str) -> str:
 
 
 def place(record: Record) -> str:
-    """Where and how, in a sentence."""
+    """Where, in a sentence."""
     machine, versions = record["machine"], record["versions"]
     cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads"
-    how = "blocks compiled" if record["compiled"] else "eager"
     return (
-        f"On {machine.get('gpu', cpu)}, {record['dtype']}, {how}, torch {versions['torch']}, "
-        f"diffusers {versions['diffusers']}, {record['repeats']} interleaved runs "
+        f"On {machine.get('gpu', cpu)}, {record['dtype']}, torch {versions['torch']}, diffusers {versions['diffusers']} "
         f"(commit `{record['commit']}`, {record['date']}):"
     )
 
 
+def hardware(record: Record) -> str:
+    """On what and how, as a cell."""
+    machine = record["machine"]
+    chip = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
+    return f"{chip}, {FORWARDS[forward_of(record)]}"
+
+
+def order(record: Record) -> tuple[Any, ...]:
+    """Where a row stands in its table."""
+    return (
+        list(FORWARDS).index(forward_of(record)),
+        record["architecture"],
+        record["batch"],
+        record["steps"],
+        record["reuse_interval"],
+    )
+
+
 def row(record: Record) -> list[str]:
-    paper = record["paper_speedup"]
+    paper, measured = record["paper_speedup"], speedup_in(record)
     reduced = "" if record["steps"] == record["preset_steps"] else f" (reduced from {record['preset_steps']})"
     return [
+        hardware(record),
         record["architecture"],
         str(record["batch"]),
         f"{record['steps']}{reduced}",
         str(record["reuse_interval"]),
+        str(record["repeats"]),
         seconds(record["baseline_seconds"]),
         f"{record['speedup_ideal']:.2f}x",
-        measured(record),
-        f"{record['fraction_of_ideal']:.3f}",
+        str(measured),
+        measured.of(record["speedup_ideal"]),
         f"{100 * record['outside_fraction']:.1f} %",
         f"{record['cache_bytes'] / 2**20:.1f} MiB",
         peaks(record),

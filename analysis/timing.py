@@ -9,7 +9,8 @@ import numpy as np
 
 from analysis.estimates import after_step
 from analysis.experiment import Request, sample, with_sampler
-from analysis.stopwatch import interleaved, paired_ratios
+from analysis.speedup import speedup_of
+from analysis.stopwatch import interleaved
 from blockdance import Schedule, accelerate
 from blockdance.storage import rule_named
 
@@ -35,7 +36,7 @@ def time_interleaved(
         storage: what the schedules' reuse steps start from, a key of `blockdance.storage.RULES`.
 
     Returns:
-        For each rival the medians over the rounds, and the quartiles of the paired speedups.
+        For each rival what `timing` says of it.
     """
     view, rule = with_sampler(pipe, request.sampler), rule_named(storage)
 
@@ -54,12 +55,10 @@ def time_interleaved(
 
 
 def timing(ours: Sequence[float], baseline: Sequence[float]) -> Timing:
-    """Medians over the rounds, and the quartiles of the paired speedups."""
-    low, high = np.quantile([1 / ratio for ratio in paired_ratios(ours, baseline)], [0.25, 0.75])
+    """Medians of the seconds over the rounds, and the speedup with its quartiles."""
     return {
         "rounds": len(ours),
         "seconds": float(np.median(ours)),
         "baseline_seconds": float(np.median(baseline)),
-        "speedup_measured": float(np.median(baseline) / np.median(ours)),
-        "speedup_quartiles": [float(low), float(high)],
+        **speedup_of(baseline, ours),
     }

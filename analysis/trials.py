@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from analysis.experiment import Request, run_baseline, sample, with_sampler
 from analysis.metrics import PerceptualDistance, difference
+from analysis.points import short
 from analysis.tables import table
-from analysis.tables_compare import short
 from blockdance import Extrapolated, Profile, ReuseConfig, Schedule, StepKind, accelerate, fixed_schedule, observe
 from blockdance.adapters import Streams
 from blockdance.plan import Planner

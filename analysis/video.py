@@ -11,6 +11,7 @@ from analysis.experiment import Request, warm_up
 from analysis.intervals import compared, line_of, rivals_of, row, timed
 from analysis.metrics import PerceptualDistance
 from analysis.records import RESULTS, BenchError, Record, provenance, write_records
+from analysis.speedup import how_measured
 from analysis.tables import between_markers, named, table
 from blockdance.presets import DEMO_VIDEO, config_for
 from blockdance.scheduled import depth_of
@@ -79,9 +80,9 @@ def render_video(lines: Sequence[Record], results: str) -> str:
         f"The video model in the box ({first['num_blocks']} blocks, {first['frames']} frames), {first['steps']} "
         f"{first['sampler']} steps, guidance {first['guidance']:g}, cutoff block {first['cutoff_block']}, window "
         f"{first['window_start']:.2f} to {first['window_end']:.2f} as in the paper, on {machine['cpu']}, {machine['cores']} "
-        f"cores: baseline {first['baseline_seconds']:.2f} s, medians of {first['rounds']} interleaved runs of "
-        f'"{first["prompts"][0]}". {first["lpips_name"]} and SSIM are differences from the baseline, over '
-        f"{len(first['prompts'])} prompts. `python -m analysis video` wrote [`{results}`]({results})."
+        f"cores: baseline {first['baseline_seconds']:.2f} s (median), {first['rounds']} interleaved runs of "
+        f'"{first["prompts"][0]}". {how_measured(lines)} {first["lpips_name"]} and SSIM are differences from the baseline, '
+        f"over {len(first['prompts'])} prompts. `python -m analysis video` wrote [`{results}`]({results})."
     )
     rows = [row(line, [str(line["reuse_interval"])], cells) for line in lines]
     return f"{caption}\n\n{table(HEAD, rows)}"

@@ -21,6 +21,7 @@ from analysis.experiment import Request, with_sampler
 from analysis.memory import peak_bytes
 from analysis.metrics import shift_tolerant_lpips
 from analysis.optional_rivals import check_installed, is_installed, smooth_schedule
+from analysis.points import bootstrap, points, short
 from analysis.records import BenchError, Record, read_records
 from analysis.rivals import METHODS, Method
 from analysis.tables_compare import (
@@ -28,11 +29,8 @@ from analysis.tables_compare import (
     CURVES,
     END,
     best_at,
-    bootstrap,
     compare_figure,
-    points,
     render_compare,
-    short,
     update_compare,
     verdicts,
     write_curves,

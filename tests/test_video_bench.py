@@ -26,6 +26,6 @@ def test_clips_are_compared_frame_by_frame_with_fewer_steps_beside_them(tmp_path
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     update_video(readme, lines, out)
     text = readme.read_text()
-    assert "medians of 1 interleaved runs" in text and f"| {lines[0]['fewer_steps']['steps']} steps, ideal" in text
+    assert "1 interleaved runs of" in text and f"| {lines[0]['fewer_steps']['steps']} steps, ideal" in text
     with pytest.raises(BenchError, match="`python -m analysis video` writes them"):
         render_video([], "")

@@ -842,7 +842,7 @@ class Explorer {
     const columns = ["measured", "ideal", "LPIPS", "SSIM", "PSNR"].map((name) => h("th", {scope: "col"}, name));
     const table = h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, "difference from the baseline"), ...columns)),
       h("tbody", {}, ...rows.map(([name, row]) => h("tr", {}, h("th", {scope: "row"}, name), ...cells(row).map((cell) => h("td", {}, cell))))));
-    const spread = run?.speedup_quartiles ? `, quartiles ${times(run.speedup_quartiles[0])} to ${times(run.speedup_quartiles[1])}` : "";
+    const spread = run?.speedup_measured_quartiles ? `, quartiles ${run.speedup_measured_quartiles.map(times).join(" to ")}` : "";
     const often = run && !run.speedup_measured ? "nothing is reused, so nothing was timed"
       : run?.rounds > 1 ? `medians of ${run.rounds} interleaved rounds${spread}` : "timed once";
     const note = h("p", {className: "bd-note"}, `${run ? `${often}; ${run.machine || scene.machine}. ` : ""}` +
