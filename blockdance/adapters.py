@@ -90,6 +90,12 @@ class Block:
             args[place] if place < len(args) else kwargs[name] for place, name in zip(self.places, self.streams, strict=True)
         )
 
+    def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block would return if it did nothing."""
+        if len(self.streams) > 1:
+            return self.inputs(args, kwargs)
+        return args[self.places[0]] if self.places[0] < len(args) else kwargs[self.streams[0]]
+
     def outputs(self, returned: Any) -> Streams:
         """The streams of what the block returned."""
         return returned if len(self.streams) > 1 else (returned,)

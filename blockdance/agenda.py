@@ -19,8 +19,7 @@ class Agenda:
         self.schedules, self.num_blocks = list(schedules), num_blocks
         self.from_step = min(one.shared_prefix - (0 if one.first_reuse is None else points - 1) for one in schedules)
         """Steps before this one leave nothing behind, and may be replayed."""
-        steps = range(len(self.schedules[0]))
-        self._kept = [[one.blocks_kept_at(step, points) for step in steps] for one in schedules]
+        self._kept = [one.blocks_kept(points) for one in schedules]
         self._last_cache = [last_caches(one) for one in schedules]
 
     @property

@@ -13,6 +13,7 @@ from blockdance.callers import Site
 CHANGES_EVERY_STEP = re.compile(r"timestep|sigma|latent|controlnet|^t$|^r$|^x$|(?<!encoder_)hidden_states$")
 """Names of arguments that say where a run is, and not what it is about."""
 MANY_MISSES = 4
+PLAIN = (str, int, float, bool, type(None))
 MOST = 8
 """Conditionings, and branches, remembered at most; a text that changes with every call makes a new one each time."""
 SEVERAL_NAMES = ("conditional", "unconditional", "perturbed")
@@ -41,11 +42,11 @@ class Conditionings:
 
     def number_of(self, arguments: Mapping[str, Any]) -> int:
         """Of a call with these arguments."""
-        leaves = list(leaves_of({name: value for name, value in arguments.items() if is_conditioning(name)}))
-        signature = tuple((path, _identity(value)) for path, value in leaves)
+        signature = _signature(arguments)
         number = self._numbers.get(signature)
         if number is not None:
             return number
+        leaves = list(leaves_of({name: value for name, value in arguments.items() if is_conditioning(name)}))
         others = reversed(self._known) if self._misses >= MANY_MISSES or not any(map(_is_far, leaves)) else ()
         found = next((number for number in others if self._equals(number, leaves)), None)
         self._misses += found is None
@@ -77,10 +78,18 @@ def _is_far(leaf: Leaf) -> bool:
     return isinstance(leaf[1], Tensor) and leaf[1].device.type != "cpu"
 
 
+def _signature(arguments: Mapping[str, Any]) -> Hashable:
+    return tuple([(name, _identity(value)) for name, value in arguments.items() if is_conditioning(name)])
+
+
 def _identity(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return id(value), version_of(value)
-    return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_identity, value))
+    if isinstance(value, Mapping):
+        return tuple((name, _identity(one)) for name, one in value.items())
+    return value if isinstance(value, PLAIN) else id(value)
 
 
 def _was_written(value: Any, version: int) -> bool:

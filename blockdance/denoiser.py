@@ -12,6 +12,8 @@ from blockdance.selftest import candidate_stacks, proven_stack
 FURTHER = re.compile(r"^(unconditional_)?transformer(_\d+)?$")
 """Names by which pipelines hold further denoisers: the low-noise expert of Wan 2.2, the unconditional one of others."""
 
+KV_CACHE = "kv_cache"
+
 
 class Denoiser:
     """One transformer in use, and what is known of it."""
@@ -22,6 +24,8 @@ class Denoiser:
         self._unproven = [] if known else candidate_stacks(transformer)
         self.stack = known or self._unproven[0]
         self._names = parameter_names(transformer)
+        self.kv_caches = [name for name in self._names if name.startswith(KV_CACHE)]
+        """Arguments through which blocks are handed a cache to fill."""
         self._find_blocks()
 
     def _find_blocks(self) -> None:

@@ -16,6 +16,8 @@ class Execution:
         self.call, self._watchers = call, watchers
         self._index_of, self._blocks = call.denoiser.index_of, call.denoiser.blocks
         self._entered = False
+        self._skipped = 0
+        """The first so many blocks hand on what they are given."""
         self._before: list[tuple[Part, Container[int]]] = []
         self._after: list[tuple[Part, Container[int]]] = []
 
@@ -35,6 +37,8 @@ class Execution:
         block = self._blocks[index]
         if not self._entered:
             self._enter(block.inputs(args, kwargs))
+        if index < self._skipped:
+            return block.passed(args, kwargs)
         for part, blocks in self._before:
             if index in blocks and (outputs := part.before_block(self.call, index, args, kwargs)) is not None:
                 return block.returning(outputs)
@@ -50,5 +54,6 @@ class Execution:
         self._entered = True
         for part in self._watchers:
             part.enter(self.call, inputs)
+        self._skipped = max(part.blocks_skipped(self.call) for part in self._watchers)
         self._before = [(part, blocks) for part in self._watchers if (blocks := part.blocks_before(self.call))]
         self._after = [(part, blocks) for part in self._watchers if (blocks := part.blocks_after(self.call))]

@@ -105,7 +105,7 @@ class AdapterWatch:
 
     def mark(self) -> tuple[Any, ...]:
         """The same as long as nothing changes; empty for a model without adapters."""
-        known = tuple(getattr(self._model, "peft_config", None) or ())
+        known = tuple(self._model.__dict__.get("peft_config") or ())
         if known != self._known:
             self._known = known
             self._layers = [one for one in self._model.modules() if hasattr(one, "active_adapters") and hasattr(one, "scaling")]

@@ -22,7 +22,7 @@ class Run(Protocol):
         """L, the depth of the deepest denoiser."""
 
 
-@dataclass
+@dataclass(slots=True)
 class ModelCall:
     """One call of a transformer that belongs to a run."""
 
@@ -86,6 +86,10 @@ class Part:
 
     def enter(self, call: ModelCall, inputs: Streams) -> None:
         """The first block of a call is about to see `inputs`."""
+
+    def blocks_skipped(self, call: ModelCall) -> int:
+        """How many of the first blocks of an entered call hand on what they are given, and do nothing else."""
+        return 0
 
     def blocks_before(self, call: ModelCall) -> Collection[int]:
         """The blocks of an entered call that `before_block` is asked about."""

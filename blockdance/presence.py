@@ -74,21 +74,22 @@ def opened_here(transformer: nn.Module) -> Any:
 def calling(transformer: nn.Module, arguments: tuple[Any, Any]) -> Any:
     """The session that a call of this transformer belongs to; None for a plain call.
 
-    A context that knows of an older run only has been overtaken by another one of the same session; its calls are plain.
+    A context that knows of an older run only has been overtaken by another one of the same session; its calls are plain. One
+    that has seen no run begin, as it entered the session, may call in any.
     """
-    ours = next(((session, run) for session, run in reversed(here()) if session.has(transformer)), None)
-    if ours is not None and knows(*ours):
-        return ours[0]
-    for session in [ours[0]] if ours is not None else list(_open):
+    ours = None
+    for one, run in reversed(ACTIVE.get()):
+        session = one()
+        if session is not None and session.is_open and session.has(transformer):
+            if run in (0, session.run_number):
+                return session
+            ours = session
+            break
+    for session in [ours] if ours is not None else list(_open):
         if session.has(transformer) and session.is_at(arguments):
             bind(session)
             return session
     return None
-
-
-def knows(session: Present, run: int) -> bool:
-    """Whether a context that knows of this run is where the run that is on is called; one that saw none begin may be."""
-    return run in (0, session.run_number)
 
 
 def stepping(scheduler: Any, begins: bool) -> Any:
@@ -103,7 +104,7 @@ def stepping(scheduler: Any, begins: bool) -> Any:
     """
     for session, run in reversed(here()):
         if session.scheduler is scheduler:
-            return session if begins or knows(session, run) else None
+            return session if begins or run in (0, session.run_number) else None
     found = [session for session in list(_open) if session.scheduler is scheduler]
     if len(found) > 1:
         raise SessionError(

@@ -260,9 +260,15 @@ class Reuser(Part):
         """The blocks whose output a call that runs all blocks keeps of a sample."""
         return self._agendas[call.expert].kept(call.step, sample)
 
+    def blocks_skipped(self, call: ModelCall) -> int:
+        return self._cutoff(call) if call.kind is StepKind.REUSE else 0
+
     def blocks_before(self, call: ModelCall) -> Collection[int]:
+        return (self._cutoff(call),) if call.kind is StepKind.REUSE else ()
+
+    def _cutoff(self, call: ModelCall) -> int:
         agenda = self._agendas[call.expert]
-        return range(agenda.cutoff(call.step, samples_of(call, agenda)[0]) + 1) if call.kind is StepKind.REUSE else ()
+        return agenda.cutoff(call.step, samples_of(call, agenda)[0])
 
     def blocks_after(self, call: ModelCall) -> Collection[int]:
         if call.kind is StepKind.REUSE:
@@ -270,9 +276,6 @@ class Reuser(Part):
         return {block for sample in samples_of(call, self._agendas[call.expert]) for block in self._kept(call, sample)}
 
     def before_block(self, call: ModelCall, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
-        agenda = self._agendas[call.expert]
-        if index < agenda.cutoff(call.step, samples_of(call, agenda)[0]):
-            return call.denoiser.blocks[index].inputs(args, kwargs)
         given = zip(self._entered.starts, self._entered.inputs, strict=True)
         starts = [self.storage.outputs_at(_position(call), start, inputs) for start, inputs in given]
         return tuple(samples_joined(streams, call.rows) for streams in zip(*starts, strict=True))

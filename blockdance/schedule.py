@@ -177,16 +177,22 @@ class Schedule:
         """Block i of a reuse step."""
         return self.cutoffs[step] if self.cutoffs else self.cutoff_block
 
+    def blocks_kept(self, points: int = 1) -> list[frozenset[int]]:
+        """For every step the blocks whose output there later reuse steps start from, if each looks back to `points` cache steps."""
+        kept: list[frozenset[int]] = []
+        reused: list[frozenset[int]] = [frozenset()]
+        """By how many cache steps come before, the blocks that later steps reuse."""
+        for step in reversed(range(len(self))):
+            kept.append(frozenset().union(*reused[:points]))
+            if self.kinds[step] is StepKind.REUSE:
+                reused[0] |= {self.cutoff_at(step)}
+            if self.kinds[step] is StepKind.CACHE:
+                reused.insert(0, frozenset())
+        return kept[::-1]
+
     def blocks_kept_at(self, step: int, points: int = 1) -> frozenset[int]:
-        """The blocks whose output at `step` later reuse steps start from, if each looks back to `points` cache steps."""
-        found, caches = set(), 0
-        for later in range(step + 1, len(self)):
-            if self.kinds[later] is StepKind.REUSE:
-                found.add(self.cutoff_at(later))
-            caches += self.kinds[later] is StepKind.CACHE
-            if caches == points:
-                break
-        return frozenset(found)
+        """`blocks_kept` of one step."""
+        return self.blocks_kept(points)[step]
 
     def blocks_at(self, step: int, num_blocks: int) -> int:
         """How many of `num_blocks` blocks run at `step`."""

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
@@ -62,14 +63,10 @@ class ScheduledSession(Session):
 
     def _begin(self) -> None:
         assert self._clock is not None
-        self._branches = [Branches(lambda branch, expert=expert: self._drop(expert, branch)) for expert in self._experts]  # type: ignore[misc]
+        self._branches = [Branches(partial(self._drop, expert)) for expert in range(len(self.denoisers))]
         self._loop_functions, self._other_functions = set(), set()
         self._calls, self._order, self._plain_calls = [], 0, 0
         self.begin_run(self._clock.num_steps)
-
-    @property
-    def _experts(self) -> range:
-        return range(len(self.denoisers))
 
     def _drop(self, expert: int, branch: int) -> None:
         for part in self.parts:

@@ -20,15 +20,13 @@ from blockdance.execution import Execution
 from blockdance.part import ModelCall, Part
 from blockdance.patch import block_class, swapped
 
-KV_CACHE = "kv_cache"
-"""How arguments begin through which blocks are handed a cache to fill."""
-
 
 class Session:
     """Connects transformers with the parts that take part; what tells the steps apart is for a subclass to say."""
 
     def __init__(self, denoisers: Sequence[Denoiser]) -> None:
         self.denoisers = list(denoisers)
+        self._experts = {id(denoiser.transformer): expert for expert, denoiser in enumerate(denoisers)}
         self.scheduler: Any = None
         """Whose steps are followed, if any."""
         self.parts: list[Part] = []
@@ -57,7 +55,7 @@ class Session:
 
     def has(self, transformer: nn.Module) -> bool:
         """Whether it is one of the denoisers'."""
-        return any(denoiser.transformer is transformer for denoiser in self.denoisers)
+        return id(transformer) in self._experts
 
     def is_at(self, arguments: tuple[Any, Any]) -> bool:
         """Whether a call with these arguments can only be of the run that is on."""
@@ -77,8 +75,7 @@ class Session:
         self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
     ) -> Any:
         """`run(model, *args, **kwargs)`, called from `frame`, or what a part has in its place."""
-        expert = next(number for number, one in enumerate(self.denoisers) if one.transformer is model)
-        call = self.next_call(expert, args, kwargs, frame)
+        call = self.next_call(self._experts[id(model)], args, kwargs, frame)
         if call is None:
             return self._uncompiled(run, model)(model, *args, **kwargs)
         self._check_call(call)
@@ -108,8 +105,8 @@ class Session:
 
     def _check_call(self, call: ModelCall) -> None:
         """Before anything runs, raise UnsupportedModelError for a call whose blocks do more than return their streams."""
-        for name, value in call.denoiser.named(call.args, call.kwargs).items():
-            if value is not None and name.startswith(KV_CACHE):
+        for name in call.denoiser.kv_caches:
+            if call.denoiser.named(call.args, call.kwargs).get(name) is not None:
                 raise UnsupportedModelError(f"blocks that fill a kv cache must all run; call the transformer without {name}")
 
     def _run_blocks(self, run: Callable[..., Any], model: nn.Module, call: ModelCall) -> Any:

@@ -58,7 +58,7 @@ class StepRecord:
     """Wall time actually spent now; less than `seconds` for a replayed step."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class FinishedStep:
     """A step whose seconds may still be on the device."""
 
