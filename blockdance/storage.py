@@ -81,6 +81,9 @@ class Latest:
         return tuple(stream.clone() for stream in kept[-1].outputs)
 
 
+PAPER = Latest()
+
+
 @dataclass(frozen=True)
 class Extrapolated:
     """The output of the last cache steps, continued to the reuse step by the polynomial through them.
@@ -102,7 +105,7 @@ class Extrapolated:
 
     def outputs_at(self, position: float, kept: Sequence[Kept], inputs: Streams) -> Streams:
         if len(kept) == 1:
-            return Latest().outputs_at(position, kept, inputs)
+            return PAPER.outputs_at(position, kept, inputs)
         places = [one.position for one in kept]
         return tuple(continued(places, values, position) for values in zip(*(one.outputs for one in kept), strict=True))
 
@@ -174,7 +177,7 @@ def mapped(streams: Streams, change: Callable[[Tensor], Tensor]) -> Streams:
     return tuple(map(change, streams)) if own is None else own(change)
 
 
-RULES: dict[str, StorageRule] = {"latest": Latest(), "extrapolated": Extrapolated()}
+RULES: dict[str, StorageRule] = {"latest": PAPER, "extrapolated": Extrapolated()}
 """By the names of the command line and the page; the paper's comes first."""
 
 
