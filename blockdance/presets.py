@@ -1,6 +1,7 @@
 """The models in the box and the paper's by short names, with their settings, and any diffusers pipeline in a folder."""
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -97,7 +98,9 @@ def load_pipeline(model: AnyPath) -> Any:
     preset = PRESETS.get(named) if named else None
     if preset is None and not (Path(model) / "model_index.json").is_file():
         names = ", ".join([*IN_THE_BOX, *PRESETS])
-        raise UnsupportedModelError(f"model must be one of {names}, or a folder with a diffusers pipeline, got {model!r}")
+        raise UnsupportedModelError(
+            f"model must be one of {names}, or a folder with a diffusers pipeline, got {os.fspath(model)!r}"
+        )
     on_gpu = torch.cuda.is_available()
     dtype = torch.float16 if on_gpu else torch.float32
     if preset is not None and preset.checkpoint:

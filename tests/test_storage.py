@@ -32,9 +32,11 @@ def test_a_line_and_a_parabola_are_continued_exactly() -> None:
     assert parabola.tolist() == pytest.approx([15, 49])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("points", [2, 3, 4])
-def test_equal_outputs_are_continued_to_the_same_bits(points: int) -> None:
-    value = torch.randn(50, generator=torch.Generator().manual_seed(0))
+def test_equal_outputs_are_continued_to_the_same_bits(points: int, dtype: torch.dtype) -> None:
+    ends = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).smallest_normal / 2])
+    value = torch.cat([torch.randn(50, generator=torch.Generator().manual_seed(0)), ends]).to(dtype)
     history = [kept(place, value.clone()) for place in (1, 4, 5, 8)][-points:]
     (continued,) = Extrapolated(points).outputs_at(10, history, ())
     assert torch.equal(continued, value)
