@@ -13,6 +13,7 @@ from blockdance import BlockDanceError, Extrapolated, Profile, ReuseConfig, Sche
 from blockdance.offload import Offloaded
 from blockdance.policy import Decision
 from blockdance.presets import PRESETS
+from blockdance.starting_points import STARTING_POINTS
 from blockdance.storage import Latest, Residual
 
 PROFILE = load_demo_profile()
@@ -26,6 +27,7 @@ VALUES: list[Any] = [
     ReuseConfig(),
     ReuseConfig(3, 20, 0.25, 0.5),
     *PRESETS.values(),
+    *STARTING_POINTS,
     *(Offloaded(rule) for rule in (Latest(), Extrapolated(3), Residual())),
 ]
 
