@@ -66,9 +66,8 @@ class StartingPoint:
 
     def ideal_speedup(self, steps: int | None = None) -> float:
         """From exact block counts; with as many sampling steps, by default `self.steps`."""
-        return fixed_schedule(self.config, self.steps if steps is None else steps, self.num_blocks).ideal_speedup(
-            self.num_blocks
-        )
+        schedule = fixed_schedule(self.config, self.steps if steps is None else steps, self.num_blocks)
+        return schedule.ideal_speedup(self.num_blocks)
 
 
 PAPERS = Fraction(21, 28)
