@@ -50,6 +50,7 @@ from blockdance import (
 )
 from blockdance.ada import load_demo_policy
 from blockdance.demo import PROFILE_FILE
+from blockdance.paths import ready_for
 from blockdance.storage import RULES
 
 PROFILE_PROMPTS = [
@@ -288,6 +289,7 @@ def atlas(args: argparse.Namespace) -> None:
 def profile(args: argparse.Namespace) -> None:
     for prompt in args.prompts:
         Request(prompt, steps=args.steps)
+    ready_for(args.out)
     pipe = with_sampler(load_demo_pipeline(), Request.sampler)
     with tqdm(desc="profile", unit="run") as bar:
 

@@ -17,7 +17,7 @@ from blockdance import Extrapolated, Profile, ReuseConfig, Schedule, StepKind, a
 from blockdance.adapters import Streams
 from blockdance.plan import Planner
 from blockdance.profile import Expected
-from blockdance.storage import Kept, Latest, Residual, StorageRule, lerped
+from blockdance.storage import Kept, Latest, Residual, StorageRule
 
 FITTED_ON = ("rainbow", "koala", "fire engine", "hedgehog", "lollipop", "crab", "bus", "sunrise")
 TESTED_ON = (
@@ -37,7 +37,8 @@ class HalfSlope:
 
     def outputs_at(self, position: float, kept: Sequence[Kept], inputs: Streams) -> Streams:
         last = Latest().outputs_at(position, kept, inputs)
-        return lerped(last, Extrapolated().outputs_at(position, kept, inputs), 0.5)
+        line = Extrapolated().outputs_at(position, kept, inputs)
+        return tuple(torch.lerp(a, b, 0.5) for a, b in zip(last, line, strict=True))
 
 
 @dataclass(frozen=True)

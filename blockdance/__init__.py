@@ -10,10 +10,12 @@ from blockdance.demo import load_demo_pipeline, load_demo_profile, load_demo_sty
 from blockdance.errors import BlockDanceError, ConfigError, PolicyError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.integrate import integrate
 from blockdance.observe import Observation, observe
+from blockdance.offload import Offloaded
 from blockdance.plan import Plan, own_profile, plan
 from blockdance.profile import Profile
 from blockdance.replay import Recording, record
 from blockdance.schedule import MIN_STEPS, ReuseConfig, Schedule, StepKind, fixed_schedule
+from blockdance.starting_points import StartingPoint, starting_point
 from blockdance.storage import Extrapolated
 from blockdance.trace import OnStep, StepRecord, Trace
 
@@ -27,6 +29,7 @@ __all__ = [
     "ConfigError",
     "Extrapolated",
     "Observation",
+    "Offloaded",
     "OnStep",
     "Plan",
     "PolicyError",
@@ -36,6 +39,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "SessionError",
+    "StartingPoint",
     "StepKind",
     "StepRecord",
     "Trace",
@@ -52,4 +56,5 @@ __all__ = [
     "own_profile",
     "plan",
     "record",
+    "starting_point",
 ]

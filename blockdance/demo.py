@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blockdance.errors import ConfigError, UnsupportedModelError
 from blockdance.models.opensora import OpenSoraPipeline
+from blockdance.paths import AnyPath
 from blockdance.profile import Profile
 
 MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "model"
@@ -90,7 +91,7 @@ class DemoVideoPipeline(WordModel, OpenSoraPipeline):
         return super().__call__(prompt, **({"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} | arguments))
 
 
-def load_demo_pipeline(folder: Path | str = MODEL_FOLDER) -> DemoPipeline:
+def load_demo_pipeline(folder: AnyPath = MODEL_FOLDER) -> DemoPipeline:
     """Load the picture model in the box from disk (no network) in float32 on the CPU.
 
     Raises:
@@ -100,7 +101,7 @@ def load_demo_pipeline(folder: Path | str = MODEL_FOLDER) -> DemoPipeline:
     return pipe
 
 
-def load_demo_styles_pipeline(folder: Path | str = STYLES_FOLDER) -> DemoPipeline:
+def load_demo_styles_pipeline(folder: AnyPath = STYLES_FOLDER) -> DemoPipeline:
     """Load the picture model in the box that draws in three styles, from disk (no network) in float32 on the CPU.
 
     Raises:
@@ -109,7 +110,7 @@ def load_demo_styles_pipeline(folder: Path | str = STYLES_FOLDER) -> DemoPipelin
     return load_demo_pipeline(folder)
 
 
-def load_demo_video_pipeline(folder: Path | str = VIDEO_FOLDER) -> DemoVideoPipeline:
+def load_demo_video_pipeline(folder: AnyPath = VIDEO_FOLDER) -> DemoVideoPipeline:
     """Load the video model in the box from disk (no network) in float32 on the CPU.
 
     Raises:

@@ -12,7 +12,7 @@ from blockdance.accelerate import accelerate
 from blockdance.errors import ConfigError
 from blockdance.frontier import schedule_saving
 from blockdance.observe import Observation, observe
-from blockdance.profile import Products, Profile
+from blockdance.profile import Products, Profile, key_of
 from blockdance.replay import Recording, record
 from blockdance.reuser import PAPER
 from blockdance.schedule import MIN_STEPS, Schedule, StepKind, default_cutoff
@@ -128,7 +128,7 @@ def measure_profile(
         },
     )
     for rule in rules:
-        profile.outcomes[repr(rule)] = outcomes(studio, baselines, profile, rule, distance)
+        profile.outcomes[key_of(rule)] = outcomes(studio, baselines, profile, rule, distance)
     return profile
 
 

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from blockdance.errors import ConfigError
 from blockdance.frontier import Frontier
 from blockdance.measure import Distance, OnRun, Pixels, measure_profile
-from blockdance.profile import Profile
-from blockdance.reuser import PAPER
+from blockdance.profile import Profile, key_of
 from blockdance.schedule import Schedule
-from blockdance.storage import StorageRule
+from blockdance.storage import PAPER, StorageRule
 
 QUANTILES = (0.05, 0.95)
 """Of the predicted distance, over pictures."""
@@ -112,11 +111,11 @@ class Planner:
     """
 
     def __init__(self, profile: Profile, steps: int, storage: StorageRule = PAPER, one_cutoff: bool = False) -> None:
-        if repr(storage) not in profile.outcomes:
+        if key_of(storage) not in profile.outcomes:
             raise ConfigError(f"storage must be a rule the profile knows ({', '.join(profile.outcomes)}), got {storage!r}")
         self.profile, self.storage = profile, storage
         self.total = steps * profile.num_blocks
-        self.predict = Prediction.fitted(profile.outcomes[repr(storage)])
+        self.predict = Prediction.fitted(profile.outcomes[key_of(storage)])
         expected = profile.expected(steps)
         choices = [expected.of(block) for block in profile.blocks] if one_cutoff else [expected]
         self.frontiers = [Frontier(choice, steps, profile.num_blocks, storage) for choice in choices]

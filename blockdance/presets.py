@@ -1,6 +1,7 @@
 """The models in the box and the paper's by short names, with their settings, and any diffusers pipeline in a folder."""
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from blockdance.demo import load_demo_pipeline, load_demo_styles_pipeline, load_
 from blockdance.errors import UnsupportedModelError
 from blockdance.models.opensora import OpenSoraPipeline
 from blockdance.models.stdit import STDiT
+from blockdance.paths import AnyPath
 from blockdance.schedule import ReuseConfig
 
 DEMO = "demo"
@@ -81,29 +83,32 @@ def config_for(model: str) -> ReuseConfig:
     return PRESETS[model].config if model in PRESETS else ReuseConfig()
 
 
-def load_pipeline(model: str) -> Any:
+def load_pipeline(model: AnyPath) -> Any:
     """A pipeline by name, or from the folder of a saved one; in half precision on the GPU, if there is one.
 
     Args:
-        model: a key of `IN_THE_BOX`, which stay in float32 on the CPU, or of `PRESETS`, or a folder.
+        model: a key of `IN_THE_BOX`, which stay in float32 on the CPU, or of `PRESETS`, or a folder; what is no string is one.
 
     Raises:
         UnsupportedModelError: no such name or folder, the model is neither downloaded nor within reach, or it is broken.
     """
-    if model in IN_THE_BOX:
-        return IN_THE_BOX[model]()
-    if model not in PRESETS and not (Path(model) / "model_index.json").is_file():
+    named = model if isinstance(model, str) else None
+    if named in IN_THE_BOX:
+        return IN_THE_BOX[named]()
+    preset = PRESETS.get(named) if named else None
+    if preset is None and not (Path(model) / "model_index.json").is_file():
         names = ", ".join([*IN_THE_BOX, *PRESETS])
-        raise UnsupportedModelError(f"model must be one of {names}, or a folder with a diffusers pipeline, got {model!r}")
+        raise UnsupportedModelError(
+            f"model must be one of {names}, or a folder with a diffusers pipeline, got {os.fspath(model)!r}"
+        )
     on_gpu = torch.cuda.is_available()
     dtype = torch.float16 if on_gpu else torch.float32
-    preset = PRESETS.get(model)
     if preset is not None and preset.checkpoint:
         pipe = from_hub([preset.repository, T5, FRAME_DECODER], partial(load_open_sora, preset, dtype))
     elif preset is not None and not Path(preset.repository).is_dir():
         pipe = from_hub([preset.repository], partial(DiffusionPipeline.from_pretrained, preset.repository, dtype=dtype))
     else:
-        pipe = from_folder(Path(preset.repository if preset else model), dtype)
+        pipe = from_folder(preset.repository if preset else model, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda") if on_gpu else pipe
 
@@ -124,12 +129,13 @@ def from_hub(sources: Sequence[str], load: Callable[..., Any]) -> Any:
         ) from error
 
 
-def from_folder(folder: Path, dtype: torch.dtype) -> Any:
+def from_folder(folder: AnyPath, dtype: torch.dtype) -> Any:
     """The pipeline that was saved there.
 
     Raises:
         UnsupportedModelError: it is incomplete or broken, or of a class that neither diffusers nor this project has.
     """
+    folder = Path(folder)
     load = partial(pipeline_class(folder).from_pretrained, folder, dtype=dtype, local_files_only=True)
     try:
         return loaded(str(folder), load)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from blockdance.errors import ConfigError
+from blockdance.offload import calculation_of
+from blockdance.paths import AnyPath, written
 from blockdance.schedule import MIN_STEPS
 from blockdance.storage import Kept, StorageRule
 
@@ -17,7 +19,7 @@ Products = NDArray[np.float64]
 """(steps, steps): inner products of a block's outputs at any two steps, where their mean square length is 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
     """What `measure_profile` found; a small JSON file that serves any number of steps, as it speaks of fractions of the run."""
 
@@ -38,7 +40,7 @@ class Profile:
     """By block and place: the change of the picture (root mean square over pixels) for one reuse step, over the relative
     error of what that step started from; root mean square over prompts."""
     outcomes: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    """By storage rule (its repr): the expected change of planned runs, and the distance measured, a pair per run and prompt."""
+    """By storage rule (`key_of`): the expected change of planned runs, and the distance measured, a pair per run and prompt."""
 
     @property
     def blocks(self) -> list[int]:
@@ -63,18 +65,32 @@ class Profile:
             },
         )
 
-    def save(self, file: Path) -> None:
-        """Write it as JSON."""
+    def __eq__(self, other: object) -> bool:
+        """Whether every number is the same."""
+        if not isinstance(other, Profile):
+            return NotImplemented
+        plain = [one.name for one in fields(self) if one.name != "products"]
+        if self.blocks != other.blocks or any(getattr(self, name) != getattr(other, name) for name in plain):
+            return False
+        return all(np.array_equal(self.products[block], other.products[block]) for block in self.blocks)
+
+    def save(self, file: AnyPath) -> None:
+        """Write it as JSON, in one stroke; folders that are missing are made.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
         told = asdict(self) | {"products": {block: triangle(products) for block, products in self.products.items()}}
-        file.write_text(json.dumps(told) + "\n")
+        written(file, lambda new: new.write_text(json.dumps(told) + "\n"))
 
     @classmethod
-    def load(cls, file: Path) -> "Profile":
+    def load(cls, file: AnyPath) -> "Profile":
         """The inverse of `save`.
 
         Raises:
-            ConfigError: the file holds no profile.
+            ConfigError: the file is missing or holds no profile.
         """
+        file = Path(file)
         try:
             told = json.loads(file.read_text())
             told["products"] = {int(block): square(values, told["steps"]) for block, values in told["products"].items()}
@@ -82,6 +98,8 @@ class Profile:
             told["probed"] = tuple(told["probed"])
             told["outcomes"] = {rule: [(a, b) for a, b in pairs] for rule, pairs in told["outcomes"].items()}
             return cls(**told)
+        except OSError as error:
+            raise ConfigError(f"no profile can be read from {file}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file.name} holds no profile of a model: {error}") from None
 
@@ -104,6 +122,11 @@ class Expected:
         mixed[list(donors)] = weights
         error = np.sqrt(max(0.0, float(mixed @ self.products[block] @ mixed)))
         return float(self.sensitivity[block][step] * error)
+
+
+def key_of(rule: StorageRule) -> str:
+    """Under which a profile keeps a rule's outcomes; where outputs are kept makes no difference to them."""
+    return repr(calculation_of(rule))
 
 
 def mixing_weights(rule: StorageRule, donors: Sequence[int], step: int) -> NDArray[np.float64]:

@@ -281,6 +281,61 @@ def test_weights_that_are_elsewhere_are_not_compared_and_adapters_are_overlooked
     assert fingerprint_of(pixart().transformer.to("meta")) is None
 
 
+class Packed(torch.Tensor):
+    """A weight as quantization packs it: it has shape and format, multiplies as a whole, and tells no number alone."""
+
+    refuses: type[BaseException] = NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("view", "flatten", "reshape", "item", "__getitem__", "select"):
+            raise cls.refuses(f"{func.__name__} of {cls.__name__} is not implemented")
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        return found.as_subclass(cls) if func.__name__ in ("detach", "requires_grad_") else found
+
+
+class PackedOtherwise(Packed):
+    refuses = AttributeError
+
+
+def with_weights(pipe: Any, kind: type[torch.Tensor]) -> Any:
+    """Every matrix is packed."""
+    for module in pipe.transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(kind), requires_grad=False)
+    return pipe
+
+
+@pytest.mark.parametrize("kind", [Packed, PackedOtherwise])
+def test_a_policy_runs_on_packed_weights_and_does_not_compare_them(kind: type[torch.Tensor]) -> None:
+    policy, plain, pipe = policy_for(pixart()), pixart(), with_weights(pixart(), kind)
+    assert policy.config.fingerprint is not None and fingerprint_of(pipe.transformer) is None
+    expected, _ = drawn(plain, policy)
+    pictures, trace = drawn(pipe, policy)
+    assert torch.equal(expected, pictures) and "r" in trace.kinds
+    assert policy_for(pipe).config.fingerprint is None
+    with pytest.raises(PolicyError, match="trained for another model"):
+        policy.check(with_weights(dit(), kind).transformer)
+
+
+def test_a_policy_runs_on_weights_that_torchao_packed() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe, policy = load_demo_pipeline(), load_demo_policy(saving=0.55)
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    assert fingerprint_of(pipe.transformer) is None
+    with accelerate(pipe, policy) as trace:
+        pipe("red apple", num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="latent")
+    assert trace.kinds.startswith("fffc") and "r" in trace.kinds
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_no_fingerprint(number: float) -> None:
+    pipe = pixart()
+    next(one for one in pipe.transformer.parameters() if one.ndim > 1).data.fill_(number)
+    assert fingerprint_of(pipe.transformer) is None
+
+
 class Looker(Given):
     """Keeps what it was shown."""
 

@@ -1,5 +1,8 @@
 """Rules for what a reuse step starts from: the paper's is the default, and the others keep the same contract."""
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,9 +32,11 @@ def test_a_line_and_a_parabola_are_continued_exactly() -> None:
     assert parabola.tolist() == pytest.approx([15, 49])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("points", [2, 3, 4])
-def test_equal_outputs_are_continued_to_the_same_bits(points: int) -> None:
-    value = torch.randn(50, generator=torch.Generator().manual_seed(0))
+def test_equal_outputs_are_continued_to_the_same_bits(points: int, dtype: torch.dtype) -> None:
+    ends = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).smallest_normal / 2])
+    value = torch.cat([torch.randn(50, generator=torch.Generator().manual_seed(0)), ends]).to(dtype)
     history = [kept(place, value.clone()) for place in (1, 4, 5, 8)][-points:]
     (continued,) = Extrapolated(points).outputs_at(10, history, ())
     assert torch.equal(continued, value)
@@ -53,6 +58,88 @@ def test_a_residual_follows_what_the_first_block_sees_now() -> None:
 def test_points_outside_their_range_are_refused(points: int) -> None:
     with pytest.raises(ConfigError, match=r"points must be an integer in \[2, 4\], got "):
         Extrapolated(points)
+
+
+HISTORY = [(1.0, 0.97), (2.0, -0.99), (5.0, 0.9), (6.0, 0.99)]
+"""Places of cache steps, and shares of the largest number there: nearly all there is, and not smooth."""
+NARROW = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def history(dtype: torch.dtype, points: int, device: str = "cpu") -> list[Kept]:
+    largest = torch.finfo(dtype).max
+    values = [(torch.tensor([share, -share, 0.1]) * largest).to(device, dtype) for _, share in HISTORY]
+    places = [place for place, _ in HISTORY]
+    return [kept(place, value, -value) for place, value in zip(places, values, strict=True)][-points:]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("rule", [Extrapolated(2), Extrapolated(3), Extrapolated(4), Residual()], ids=repr)
+def test_what_is_stored_in_range_is_continued_in_range(rule: StorageRule, dtype: torch.dtype) -> None:
+    before = history(dtype, rule.points)
+    for now in (torch.finfo(dtype).max, torch.finfo(dtype).min):
+        (started,) = rule.outputs_at(9, before, (torch.full((3,), now, dtype=dtype),))
+        assert started.dtype is dtype and started.isfinite().all()
+
+
+@pytest.mark.parametrize("points", [2, 3, 4])
+def test_half_precision_is_continued_as_exactly_as_it_can_say(points: int) -> None:
+    """Also where a step of the calculation leaves the range and the result does not."""
+    numbers = torch.tensor([[6e4, -6e4], [-6.1e4, 100], [5e4, 6e4], [6.2e4, 4e3]])[-points:].half()
+    places = [1.0, 2.0, 5.0, 6.0][-points:]
+    exact = np.array([np.prod([(6.5 - b) / (a - b) for b in places if b != a]) for a in places]) @ numbers.double().numpy()
+    (started,) = Extrapolated(points).outputs_at(6.5, [kept(*one) for one in zip(places, numbers, strict=True)], ())
+    assert started.tolist() == pytest.approx(np.clip(exact, -65504, 65504), rel=1e-3)
+
+
+def test_a_residual_of_half_precision_is_as_exact_where_the_change_alone_leaves_the_range() -> None:
+    (moved,) = Residual().outputs_at(4, [kept(2, *torch.tensor([[6e4], [-6e4]]).half())], (torch.tensor([-6e4]).half(),))
+    assert moved.item() == torch.tensor(6e4).half().item()
+
+
+@pytest.mark.parametrize("points", [2, 3, 4])
+def test_float32_has_the_bits_of_the_scheme_as_it_is_written(points: int) -> None:
+    places = [1.0, 2.0, 5.0, 6.0][-points:]
+    drawn = torch.randn(points, 200, generator=torch.Generator().manual_seed(0))
+    values: list[Tensor] = list(drawn)
+    for width in range(1, points):
+        weights = [(9 - left) / (right - left) for left, right in zip(places, places[width:], strict=False)]
+        values = [torch.lerp(a, b, weight) for a, b, weight in zip(values, values[1:], weights, strict=False)]
+    before = [kept(place, value) for place, value in zip(places, drawn, strict=True)]
+    assert torch.equal(Extrapolated(points).outputs_at(9, before, ())[0], values[0])
+    (moved,) = Residual().outputs_at(9, [kept(6, drawn[0], drawn[1])], (drawn[0],))
+    assert torch.equal(moved, drawn[0] + (drawn[0] - drawn[1]))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("rule", [*RULES, Extrapolated(4)], ids=repr)
+def test_no_rule_waits_for_the_device(rule: StorageRule, dtype: torch.dtype) -> None:
+    """A tensor without numbers raises where the host would read one."""
+    (started,) = rule.outputs_at(9, history(dtype, rule.points, "meta"), (torch.empty(3, dtype=dtype, device="meta"),))
+    assert started.is_meta and started.shape == (3,)
+
+
+def halved(value: Any) -> Any:
+    return value.half() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_a_model_that_clips_its_massive_activations_stays_finite(case: Case, rule: StorageRule) -> None:
+    """One channel grows over the run and stays in range, as diffusers' models clip it, but its continuation would not."""
+    pipe = case.build()
+    pipe.transformer.half()
+    calls = itertools.count(1)
+
+    def massive(_: object, __: object, output: Tensor) -> Tensor:
+        grown = output.clone()
+        grown[..., 0] = 20000 + 8000 * next(calls)
+        return grown.clip(-65504, 65504)
+
+    pipe.transformer.transformer_blocks[2].register_forward_hook(massive)
+    inputs = {name: halved(value) for name, value in case.inputs().items()}
+    with accelerate(pipe, Schedule.parse("fffccrr", 2), storage=rule) as trace:
+        outputs = drive(case, pipe, [inputs] * 7)
+    assert trace.kinds == "fffccrr"
+    assert all(output.isfinite().all() for output in outputs)
 
 
 def test_the_papers_rule_is_the_default(case: Case) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from blockdance.ada.network import DecisionNetwork, Shape
 from blockdance.errors import ConfigError, PolicyError
+from blockdance.paths import AnyPath, written
 from blockdance.policy import Decision, Moment
 from blockdance.schedule import MIN_STEPS, Schedule, StepKind
 from blockdance.storage import StorageRule, rule_named
@@ -129,16 +130,18 @@ class AdaPolicy:
         kinds += [StepKind.CACHE if cache else StepKind.REUSE for cache in is_cache]
         return Schedule.with_cutoffs(kinds, [0] * first + [self.cutoffs[place] for place in cutoffs])
 
-    def save(self, file: Path) -> None:
-        """Write weights and config as one safetensors file, in one stroke."""
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def save(self, file: AnyPath) -> None:
+        """Write weights and config as one safetensors file, in one stroke; folders that are missing are made.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
         weights = {name: weight.contiguous() for name, weight in self.network.state_dict().items()}
-        new = file.with_name(file.name + ".new")
-        save_file(weights, new, metadata={"policy": json.dumps(asdict(self.config))})
-        new.replace(file)
+        told = {"policy": json.dumps(asdict(self.config))}
+        written(file, lambda new: save_file(weights, new, metadata=told))
 
     @classmethod
-    def load(cls, file: Path | str, saving: float = 0.5) -> "AdaPolicy":
+    def load(cls, file: AnyPath, saving: float = 0.5) -> "AdaPolicy":
         """The inverse of `save`.
 
         Raises:
@@ -173,12 +176,20 @@ def fingerprint_of(transformer: nn.Module) -> tuple[float, ...] | None:
 
     They cannot where they are offloaded to elsewhere, or packed by quantization. Adapters (LoRA) beside them do not matter.
     """
+    try:
+        weights = some_weights(transformer)
+    except Exception:  # packed weights refuse to be read each in its own way
+        return None
+    return tuple(float(f"{weight:.4g}") for weight in weights) if all(map(math.isfinite, weights)) and weights else None
+
+
+def some_weights(transformer: nn.Module) -> list[float]:
+    """Spread over its matrices; none if one of those chosen is elsewhere, or holds no fractions."""
     matrices = [one for name, one in transformer.named_parameters() if one.ndim > 1 and "lora" not in name]
     chosen = [matrices[place] for place in evenly(len(matrices), WEIGHTS // 4)]
     if not chosen or any(one.is_meta or not one.is_floating_point() for one in chosen):
-        return None
-    weights = [one.detach().flatten()[place].item() for one in chosen for place in evenly(one.numel(), 4)]
-    return tuple(float(f"{weight:.4g}") for weight in weights)
+        return []
+    return [one.detach().flatten()[place].item() for one in chosen for place in evenly(one.numel(), 4)]
 
 
 def evenly(length: int, count: int) -> list[int]:

@@ -18,6 +18,7 @@ from blockdance.ada.reinforce import BASELINES
 from blockdance.ada.rollouts import Environment
 from blockdance.ada.trainer import TrainConfig, Trainer
 from blockdance.errors import BlockDanceError, ConfigError
+from blockdance.paths import AnyPath
 from blockdance.presets import DEMO, load_pipeline
 from blockdance.profile import Profile
 from blockdance.schedule import check_cutoff, default_cutoff
@@ -53,12 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_lines(file: Path) -> list[str]:
+def read_lines(file: AnyPath) -> list[str]:
     """The lines that are not empty.
 
     Raises:
         ConfigError: there are none.
     """
+    file = Path(file)
     lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"prompts must be a file with at least one line, got {file.name}")

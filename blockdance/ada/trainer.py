@@ -19,6 +19,7 @@ from blockdance.ada.quality import Quality
 from blockdance.ada.reinforce import BASELINES, Price, advantages, entropy, policy_loss, try_some
 from blockdance.ada.rollouts import Environment, Scene, Task
 from blockdance.errors import ConfigError
+from blockdance.paths import AnyPath, ready_for, written
 from blockdance.policy import Moment
 from blockdance.profile import Profile
 from blockdance.schedule import MIN_STEPS, Schedule, StepKind
@@ -126,29 +127,29 @@ class Trainer:
         profile: begin with the planner's schedules, and not with chance.
 
     Raises:
-        ConfigError: rho leaves nothing to decide on, or the folder holds another training.
+        ConfigError: rho leaves nothing to decide on, or the folder holds another training or cannot be written to.
         PolicyError: the folder holds a training for other weights.
     """
 
     def __init__(
         self, environment: Environment, quality: Quality, prompts: Sequence[str], cutoffs: Sequence[int], config: TrainConfig,
-        folder: Path, accelerator: Accelerator, storage: str = "latest",
+        folder: AnyPath, accelerator: Accelerator, storage: str = "latest",
         profile: Profile | None = None,
     ) -> None:  # fmt: skip
         check_rho(environment.rho, config.steps)
         self.environment, self.quality, self.prompts, self.config = environment, quality, prompts, config
-        self.folder, self.accelerator = folder, accelerator
+        self.folder, self.accelerator = ready_for(Path(folder) / "policy.safetensors").parent, accelerator
         torch.manual_seed(config.seed)
         example = environment.scene(Task(prompts[0], 0, config.steps[0])).moment
         self.policy = new_policy(environment.pipe.transformer, example, cutoffs, rho=environment.rho, storage=storage)
         self.policy.network.to(accelerator.device)
         self.price: Price | None = None
-        if profile is not None and not (folder / "state.pt").exists():
+        if profile is not None and not (self.folder / "state.pt").exists():
             self._imitate(profile)
         optimizer = torch.optim.Adam(self.policy.network.parameters(), lr=config.learning_rate)
         self.network, self.optimizer = accelerator.prepare(self.policy.network, optimizer)
         self.update, self.rollouts, self.seconds = 0, 0, 0.0
-        if (folder / "state.pt").exists():
+        if (self.folder / "state.pt").exists():
             self._restore()
 
     def _imitate(self, profile: Profile) -> None:
@@ -171,7 +172,6 @@ class Trainer:
     def run(self, minutes: float | None = None) -> AdaPolicy:
         """Train to the last update, or for so many minutes, and keep what came of it."""
         start, before = time.perf_counter(), self.seconds
-        self.folder.mkdir(parents=True, exist_ok=True)
         shown = self.accelerator.is_main_process
         if shown:
             drop_later_lines(self.folder / "log.jsonl", self.update)
@@ -282,8 +282,7 @@ class Trainer:
             "update": self.update, "rollouts": self.rollouts, "seconds": self.seconds, "price": price,
             "network": self.policy.network.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        torch.save(state, self.folder / "state.new")
-        (self.folder / "state.new").replace(self.folder / "state.pt")
+        written(self.folder / "state.pt", lambda new: torch.save(state, new))
 
     def _restore(self) -> None:
         kept = AdaPolicy.load(self.folder / "policy.safetensors")
@@ -314,12 +313,11 @@ class Trainer:
                 )
 
 
-def drop_later_lines(log: Path, update: int) -> None:
+def drop_later_lines(log: AnyPath, update: int) -> None:
     """Keep a log's lines up to this update; what was done after the last checkpoint will be done again."""
+    log = Path(log)
     if not log.exists():
         return
     whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["update"] <= update]
-    new = log.with_name(log.name + ".new")
-    new.write_text("".join(kept))
-    new.replace(log)
+    written(log, lambda new: new.write_text("".join(kept)))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blockdance.errors import UnsupportedModelError
+from blockdance.paths import AnyPath
 
 FREQUENCIES = 256
 """Numbers that a timestep is first spread over."""
@@ -303,7 +304,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin):
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (b, c, T, pt, H, ph, W, pw)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (b, c, frames, height, width)
 
-    def load_original(self, file: Path) -> None:
+    def load_original(self, file: AnyPath) -> None:
         """Load a checkpoint with the original's key names: `.safetensors`, or a torch file, read without unpickling code.
 
         Positions are left out, since they follow from the constructor's arguments.
@@ -311,6 +312,7 @@ class STDiT(ModelMixin, ConfigMixin, CacheMixin):
         Raises:
             UnsupportedModelError: keys are missing or left over, or shapes differ.
         """
+        file = Path(file)
         stored: Any = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         weights = {key.removeprefix("module."): value for key, value in stored.items()}
         for name in POSITIONS:
