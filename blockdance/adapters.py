@@ -47,7 +47,7 @@ STACKS = {
     "CosmosTransformer3DModel": Stack({"transformer_blocks": IMAGE}),
     "DiTTransformer2DModel": Stack({"transformer_blocks": IMAGE}, conditional_first=True),
     "Flux2Transformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": IMAGE}),
-    "Flux3Transformer2DModel": Stack({"single_transformer_blocks": TEXT_IMAGE}),
+    "Flux3Transformer2DModel": Stack({"mode_blocks.image": IMAGE, "single_transformer_blocks": TEXT_IMAGE}),
     "FluxTransformer2DModel": Stack({"transformer_blocks": TEXT_IMAGE, "single_transformer_blocks": TEXT_IMAGE}),
     "HunyuanImageTransformer2DModel": Stack({"transformer_blocks": IMAGE_TEXT, "single_transformer_blocks": IMAGE_TEXT}),
     "HunyuanVideo15Transformer3DModel": Stack({"transformer_blocks": IMAGE_TEXT}),

@@ -6,10 +6,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from blockdance import ReuseConfig, Schedule, UnsupportedModelError, accelerate
-from blockdance.adapters import REFUSED, STACKS
+from blockdance.adapters import REFUSED, STACKS, blocks_of
+from blockdance.selftest import candidate_stacks, proven_stack
 from tests.test_adapters import Loop
 from tests.zoo import ZOO, Tiny
 
@@ -72,6 +74,87 @@ class Remembering(Plain):
         return super().forward(hidden_states, timestep)
 
 
+class Heavy(Plain):
+    """Most of it stands in no list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 4))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(hidden_states + self.encoder(hidden_states), timestep)
+
+
+class Idle(Plain):
+    """Nothing comes of its blocks."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        super().forward(hidden_states, timestep)
+        return (hidden_states + timestep[:, None, None],)
+
+
+class Around(Plain):
+    """Runs its blocks without calling them."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        for layer in self.layers:
+            hidden_states = layer.forward(hidden_states, timestep[:, None, None] / 1000)
+        return (hidden_states,)
+
+
+class Again(Plain):
+    """Runs its blocks twice."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(*super().forward(hidden_states, timestep), timestep)
+
+
+class Beside(Plain):
+    """The second of the tensors in its output is what the first block put out."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Any]:
+        moment = timestep[:, None, None] / 1000
+        first = hidden_states = self.layers[0](hidden_states, moment)
+        for layer in self.layers[1:]:
+            hidden_states = layer(hidden_states, moment)
+        return ([hidden_states, first],)
+
+
+class Junk(Plain):
+    """Its longest list is not its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captions = nn.ModuleList(nn.Linear(1, 1) for _ in range(9))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        words = torch.stack([caption(hidden_states[..., :1] * 0) for caption in self.captions])
+        return super().forward(hidden_states + words.mean(dim=0), timestep)
+
+
+class Pair(nn.Module):
+    """Takes two streams of one shape, and returns them the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return context + self.linear(x), x - self.linear(context)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Pair() for _ in range(4))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        context = hidden_states.flip(-1) + timestep[:, None, None]
+        for layer in self.layers:
+            context, hidden_states = layer(hidden_states, context)
+        return (hidden_states,)
+
+
 def toy(build: type[nn.Module]) -> Loop:
     def inputs(batch: int) -> dict[str, Any]:
         return {"hidden_states": torch.ones(batch, 3, 4), "timestep": torch.full((batch,), 500.0)}
@@ -104,6 +187,48 @@ def test_an_unknown_model_that_does_not_is_refused_and_left_alone(build: type[nn
     ):
         loop()
     assert [type(module) for module in loop.transformer.modules()] == classes
+
+
+REFUSALS: dict[type[nn.Module], str] = {
+    Heavy: r"blocks do \d+% of what runs in a call, so reuse could save little",
+    Idle: "what its blocks put out does not matter",
+    Around: "its blocks do not run once each",
+    Again: "its blocks do not run once each",
+    Beside: "did not give the same bits",
+}
+
+
+@pytest.mark.parametrize("build", REFUSALS, ids=lambda build: build.__name__)
+def test_the_reason_of_a_refusal_is_what_is_the_matter(build: type[nn.Module]) -> None:
+    loop = toy(build)
+    with pytest.raises(UnsupportedModelError, match=REFUSALS[build]), accelerate(loop, SCHEDULE):
+        loop()
+
+
+def test_blocks_are_chosen_by_their_weight_and_not_by_their_number() -> None:
+    loop = toy(Junk)
+    with accelerate(loop, SCHEDULE) as trace:
+        loop()
+    assert trace.block_evaluations == 4 * 4 + 2 * 2
+
+
+def test_streams_of_one_shape_are_told_apart_by_where_they_go() -> None:
+    loop = toy(Pairs)
+    model, inputs = loop.transformer, loop.tiny.inputs(1)
+    stack = proven_stack(model, candidate_stacks(model), lambda: model(**inputs))
+    assert stack.returns == {"layers": ("context", "x")}
+    assert blocks_of(model, stack)[0].image == 1
+
+
+def test_a_model_that_takes_and_returns_lists_of_tensors_is_proven() -> None:
+    model = zoo_loop("ZImageTransformer2DModel").transformer
+    pictures, words = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 7, 16)
+
+    def call() -> Any:
+        return ZImageTransformer2DModel.forward(model, list(pictures), torch.tensor([0.5, 0.5]), list(words))
+
+    blocks = blocks_of(model, proven_stack(model, candidate_stacks(model), call))
+    assert {id(block.module) for block in blocks} > {id(layer) for layer in model.layers}
 
 
 @pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "SD3Transformer2DModel", "WanTransformer3DModel"])

@@ -91,6 +91,7 @@ RECENT = [
     tiny(
         "Flux3Transformer2DModel",
         {**FLUX, "num_layers": 1, "num_single_layers": 4, "timestep_channels": 8, "axes_dims_rope": (2, 2, 2, 2)},
+        num_blocks=5,
         hidden_states=(16, 4), encoder_hidden_states=WORDS, img_ids=positions(16, 4), txt_ids=positions(TEXT, 4),
     ),
     tiny(
