@@ -233,3 +233,4 @@ def test_null_labels_name_the_halves_and_may_be_looked_at_once_a_run() -> None:
 
     assert guidance_rows(Labelled(), stack, 0, {"class_labels": Unread()}, 4, 4, null_half=True) == halves
     assert list(guidance_rows(Labelled(), stack, 0, {"class_labels": Unread()}, 4, 4, null_half=False)) == ["conditional"]
+    assert guidance_rows(Labelled(), stack, 0, {"class_labels": Unread()}, 4, 2) == halves

@@ -85,6 +85,17 @@ class Heavy(Plain):
         return super().forward(hidden_states + self.encoder(hidden_states), timestep)
 
 
+class Table(Plain):
+    """Most of its parameters are in a table, of which a call takes one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments = nn.Embedding(1000, 4)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return super().forward(hidden_states + self.moments(timestep.long())[:, None], timestep)
+
+
 class Idle(Plain):
     """Nothing comes of its blocks."""
 
@@ -203,6 +214,15 @@ def test_the_reason_of_a_refusal_is_what_is_the_matter(build: type[nn.Module]) -
     loop = toy(build)
     with pytest.raises(UnsupportedModelError, match=REFUSALS[build]), accelerate(loop, SCHEDULE):
         loop()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_table_with_most_of_the_parameters_is_not_most_of_what_runs(mode: Any) -> None:
+    loop = toy(Table)
+    model, inputs = loop.transformer, loop.tiny.inputs(1)
+    with mode():
+        stack = proven_stack(model, candidate_stacks(model), lambda: model(**inputs))
+    assert stack.returns == {"layers": ("hidden_states",)}
 
 
 def test_blocks_are_chosen_by_their_weight_and_not_by_their_number() -> None:
