@@ -1,7 +1,7 @@
 """Where the blocks of a transformer without an adapter may be: its largest lists of modules."""
 
 from collections.abc import Iterable
-from itertools import combinations, product
+from itertools import permutations, product
 
 from torch import nn
 
@@ -29,7 +29,8 @@ def candidate_stacks(transformer: nn.Module) -> list[Stack]:
     sizes = {path: num_parameters(blocks) for path, blocks in lists.items()}
     least = max(WORTHWHILE * max(sizes.values()), sorted(sizes.values(), reverse=True)[:TRIED][-1])
     worthwhile = [path for path in lists if sizes[path] >= least]
-    choices: list[tuple[str, ...]] = [(path,) for path in worthwhile] + list(combinations(worthwhile, 2))
+    pairs = [pair for pair in permutations(worthwhile, 2) if set(lists[pair[0]]).isdisjoint(lists[pair[1]])]
+    choices: list[tuple[str, ...]] = [*((path,) for path in worthwhile), *pairs]
     choices.sort(key=lambda paths: sum(sizes[path] for path in paths), reverse=True)
     return [stack for paths in choices for stack in _stacks_over({path: lists[path] for path in paths})]
 
