@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from blockdance.branches import Branches
-from blockdance.callers import DirectCallers
+from blockdance.callers import MainCaller
 from blockdance.clock import moment_of
 from blockdance.company import check_free
 from blockdance.denoiser import Denoiser
 from blockdance.errors import ConfigError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.part import ModelCall
-from blockdance.patch import applied_class, block_class, in_a_session, swap_in, swap_out
+from blockdance.patch import applied_class, in_a_session, swapped
 from blockdance.reuser import Reuser
 from blockdance.schedule import ReuseConfig, Schedule, check_cutoff, default_cutoff, is_integer
 from blockdance.session import Session
@@ -69,19 +69,18 @@ class CountedSession(Session):
     """Counts model calls, for each guidance branch by itself.
 
     A branch is a `cache_context` by its name, or the calls with the same text, from the same place. Its run ends when its steps
-    are done, or when its timestep, falling or rising until then, turns back. What a callback of the function that calls the
-    transformer calls itself is left plain.
+    are done, or when its timestep, falling or rising until then, turns back. Calls of other functions than the loop's, as of a
+    callback, are left plain, unless they come with a name.
     """
 
-    def __init__(self, transformer: nn.Module, config: BlockDanceConfig) -> None:
+    def __init__(self, transformer: nn.Module, config: BlockDanceConfig, swaps: ExitStack) -> None:
         super().__init__([Denoiser(transformer)])
-        self.config = config
-        self._with_swapped_blocks.add(id(transformer))
+        self.config, self.swaps = config, swaps
         plan = config.group(self.num_blocks) if config.endless and self.num_blocks > 1 else config
         self._reuser = Reuser(plan, Trace(self.num_blocks), replay=None)
         self.parts = [self._reuser]
         self.context: dict[str, Any] = {}
-        self._callers = DirectCallers()
+        self._caller = MainCaller()
         self.forget()
 
     def forget(self) -> None:
@@ -90,7 +89,6 @@ class CountedSession(Session):
         self._reuser.stored.clear()
         self._branches = Branches(self._drop)
         self._progress: dict[int, Progress] = {}
-        self._callers.clear()
 
     def tell_misses(self) -> None:
         """Warn if nothing was reused of what was asked for."""
@@ -110,14 +108,16 @@ class CountedSession(Session):
             self.context = before
 
     def next_call(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> ModelCall | None:
-        site = self._callers.site(frame)
-        if site is None:
-            return None
-        denoiser = self.denoisers[expert]
+        denoiser, name = self.denoisers[expert], self.context.get("name")
         arguments = denoiser.named(args, kwargs)
-        told = {name: value for name, value in arguments.items() if name != denoiser.latent_name}
-        branch = self._branches.number_of(self._branches.looks_like(self.context.get("name"), told, site))
-        return self.made_call(expert, (self._step_of(branch, arguments.get("timestep")), 0, branch), args, kwargs)
+        told = {key: value for key, value in arguments.items() if key != denoiser.latent_name}
+        site = ((frame.f_code, frame.f_lasti),)
+        branch = self._branches.number_of(self._branches.looks_like(name, told, site))
+        repeats = branch in self._progress
+        place = self._step_of(branch, arguments.get("timestep")), 0, branch
+        if not self._caller.is_run(frame.f_code, repeats) and name is None:
+            return None
+        return self.made_call(expert, place, args, kwargs)
 
     def _step_of(self, branch: int, timestep: Any) -> int:
         """The step of the branch's next call, which begins a run if it is the first."""
@@ -135,7 +135,7 @@ class CountedSession(Session):
         if total != self.num_steps:
             self.num_steps = total
             self._reuser.begin_run(self)
-            self._reuser.check_fit()
+            self.check_fit()
         if step >= total and not self.config.endless:
             raise ScheduleError(
                 f"the run is at step {step}, but num_steps is {total}; give the number of steps that really run"
@@ -178,18 +178,13 @@ class Applied:
         self._of_thread = threading.local()
         self._is_checked = False
         self._swaps = ExitStack()
-        for block in self.session().denoisers[0].blocks:
-            self._swap(block.module, block_class)
-        self._swap(transformer, applied_class(self))
-
-    def _swap(self, module: nn.Module, make_class: Callable[[type], type]) -> None:
-        swap_in(module, make_class)
-        self._swaps.callback(swap_out, module)
+        self.session()
+        self._swaps.enter_context(swapped(transformer, applied_class(self)))
 
     def session(self) -> CountedSession:
         """Of the current thread."""
         if not hasattr(self._of_thread, "session"):
-            self._of_thread.session = CountedSession(self._transformer, self.config)
+            self._of_thread.session = CountedSession(self._transformer, self.config, self._swaps)
         session: CountedSession = self._of_thread.session
         return session
 

@@ -6,9 +6,8 @@ from types import CodeType, FrameType
 Site = tuple[tuple[CodeType, int], ...]
 """The functions from the one that calls the transformer out to the loop of the run, and the place in each."""
 
-Caller = tuple[int, CodeType]
-"""A function while it is open: the address of its frame, and its code."""
-MOST_CALLERS = 64
+TAKES_OVER = 2
+"""Repeated calls in a row that make a function the one whose calls are the run's."""
 RESUMED = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 """Of code that is entered from another place every time."""
 
@@ -41,48 +40,31 @@ def functions(site: Site) -> tuple[CodeType, ...]:
     return tuple(code for code, _ in site)
 
 
-class DirectCallers:
-    """Tells callbacks from loops where no scheduler says when a run begins.
+class MainCaller:
+    """The function whose calls of the transformer are a run's, where no scheduler says when a run begins.
 
-    A callback is called by a function that also calls the transformer itself, in turns with it. Frames are known by their
-    addresses and functions, and not kept.
+    It is the first that calls for one branch twice, as a loop does. A callback comes in turns with it, so another function
+    takes over only when it calls again and again with none of its calls in between, as the next loop does.
     """
 
     def __init__(self) -> None:
-        self._calls: dict[Caller, int] = {}
-        """By function that called the transformer itself, how often."""
-        self._seen: dict[Site, tuple[Caller, int]] = {}
-        """By place of a call from within such a function: that function, and how often it had called by then."""
-        self._callbacks: set[Site] = set()
+        self._main: CodeType | None = None
+        self._other: CodeType | None = None
+        self._repeats = 0
 
-    def site(self, frame: FrameType) -> Site | None:
-        """Of a call from `frame`; None for one from a callback."""
-        site = ((frame.f_code, frame.f_lasti),)
-        outer = self._caller_around(frame)
-        if outer is not None:
-            before = self._seen.get(site)
-            self._seen[site] = outer, self._calls[outer]
-            if before is not None and before[0] == outer and before[1] < self._calls[outer]:
-                self._callbacks.add(site)
-        if site in self._callbacks:
-            return None
-        if len(self._calls) >= MOST_CALLERS:
-            self.clear()
-        caller = id(frame), frame.f_code
-        self._calls[caller] = self._calls.get(caller, 0) + 1
-        return site
+    def is_run(self, caller: CodeType, repeats: bool) -> bool:
+        """Whether a call is one of a run.
 
-    def _caller_around(self, frame: FrameType) -> Caller | None:
-        """The innermost function around this one that called the transformer itself."""
-        outer = frame.f_back
-        while outer is not None:
-            if (id(outer), outer.f_code) in self._calls:
-                return id(outer), outer.f_code
-            outer = outer.f_back
-        return None
-
-    def clear(self) -> None:
-        """Nothing is known of any function."""
-        self._calls.clear()
-        self._seen.clear()
-        self._callbacks.clear()
+        Args:
+            caller: the function that calls.
+            repeats: whether it has called for the same branch before.
+        """
+        if self._main in (None, caller):
+            self._main = caller if repeats else self._main
+            self._other, self._repeats = None, 0
+            return True
+        self._repeats = repeats + (self._repeats if self._other is caller else 0)
+        self._other = caller
+        if self._repeats == TAKES_OVER:
+            self._main = caller
+        return self._main is caller

@@ -46,16 +46,25 @@ class Denoiser:
         """All arguments of a call of the transformer by their names."""
         return dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
 
-    def prove(self, call: Callable[[], Any]) -> None:
+    def prove(self, call: Callable[[], Any]) -> bool:
         """Before the first call of a class without an adapter: find blocks that reuse exactly.
+
+        Returns:
+            Whether it looked for them.
 
         Raises:
             UnsupportedModelError: there are none.
         """
-        if self._unproven:
-            self.stack = proven_stack(self.transformer, self._unproven, call)
-            self._unproven = []
-            self._find_blocks()
+        if not self._unproven:
+            return False
+        self.stack = proven_stack(self.transformer, self._unproven, call)
+        self._unproven = []
+        self._find_blocks()
+        return True
+
+    def depth_in(self, kwargs: dict[str, Any]) -> int:
+        """Blocks the plain model runs in a call: all but those that skip-layer guidance leaves out."""
+        return self.num_blocks - len(kwargs.get("skip_layers") or ())
 
 
 def denoisers_of(pipe: Any) -> list[Denoiser]:

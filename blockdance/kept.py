@@ -6,7 +6,7 @@ from itertools import product
 
 from blockdance.adapters import Streams
 from blockdance.batch import sample_of
-from blockdance.storage import Kept
+from blockdance.storage import Kept, mapped
 
 Branch = tuple[int, int]
 """Denoiser and branch."""
@@ -74,7 +74,7 @@ def part_of(kept: Kept, sample: int, num_samples: int, rows: int) -> Kept:
     """What was kept of a whole call of `rows` rows, of one sample."""
 
     def part(streams: Streams) -> Streams:
-        return tuple(sample_of(stream, sample, num_samples, rows).clone() for stream in streams)
+        return mapped(streams, lambda stream: sample_of(stream, sample, num_samples, rows).clone())
 
     outputs, inputs = part(kept.outputs), None if kept.inputs is None else part(kept.inputs)
     (adapters, *streams) = kept.entry

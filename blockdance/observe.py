@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from blockdance.adapters import Streams, guidance_rows
+from blockdance.adapters import Streams, guidance_rows, has_null_half
 from blockdance.errors import ScheduleError, SessionError
 from blockdance.part import ModelCall, Part, Run
 from blockdance.scheduled import joined
@@ -94,14 +94,22 @@ class Observer(Part):
         self.keep_blocks = keep_blocks
 
     def begin_run(self, run: Run) -> None:
-        self.observation.num_steps, self._num_blocks = run.num_steps, run.num_blocks
+        self.resize_run(run)
+        self._null_halves: dict[int, tuple[Any, bool]] = {}
+        """By their address, class labels and whether half of them are null; read once, as that waits for their device."""
         self.observation._cosine.clear()
         self.observation._change.clear()
         self.observation._features.clear()
         self._held: dict[tuple[int, int, int], Held] = {}
 
     def resize_run(self, run: Run) -> None:
-        self.observation.num_steps = run.num_steps
+        self.observation.num_steps, self.observation.num_blocks = run.num_steps, run.num_blocks
+
+    def _null_half(self, call: ModelCall) -> bool:
+        labels = call.kwargs.get("class_labels")
+        if id(labels) not in self._null_halves:
+            self._null_halves[id(labels)] = labels, has_null_half(call.denoiser.transformer, call.kwargs)
+        return self._null_halves[id(labels)][1]
 
     def watches_blocks(self, call: ModelCall) -> bool:
         return not call.stage
@@ -130,9 +138,9 @@ class Observer(Part):
             fresh = {place[2]: held for place, held in self._held.items() if (place[:2], held.step) == (ours, step)}
             if not fresh:
                 continue
-            cosine, change = compare(fresh, self._num_blocks)
-            denoiser = call.denoiser
-            rows = guidance_rows(denoiser.transformer, denoiser.stack, call.branch, call.kwargs, call.rows, sample_rows)
+            cosine, change = compare(fresh, self.observation.num_blocks)
+            denoiser, half = call.denoiser, self._null_half(call)
+            rows = guidance_rows(denoiser.transformer, denoiser.stack, call.branch, call.kwargs, call.rows, sample_rows, half)
             for branch, part in rows.items():
                 self.observation._cosine.setdefault(branch, {})[step] = cosine[:, part]
                 self.observation._change.setdefault(branch, {})[step] = change[:, part]

@@ -68,7 +68,8 @@ class Part:
         """A new run of `run.num_steps` steps begins."""
 
     def resize_run(self, run: "Run") -> None:
-        """After its first step it shows that the run has `run.num_steps` steps, as it begins in the middle of the timesteps."""
+        """The run that is on turns out to have `run.num_steps` steps, as it begins in the middle of the timesteps, or the
+        transformer other blocks than it seemed to."""
 
     def begin_call(self, call: ModelCall) -> Any:
         """Before the transformer runs. Returns its output to have it not run at all, else None."""

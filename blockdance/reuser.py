@@ -18,12 +18,11 @@ from blockdance.policy import Policy, undecided
 from blockdance.replay import Recording
 from blockdance.schedule import ReuseConfig, Schedule, StepKind, fixed_schedule
 from blockdance.session import Session, is_dense_by_gradient
-from blockdance.storage import Kept, Latest, StorageRule, stored_by
+from blockdance.storage import PAPER, Kept, StorageRule, stored_by
 from blockdance.trace import Trace
 
 Plan = ReuseConfig | Schedule | Sequence[Schedule] | Policy
 """A setting, a schedule, one for each sample of the batch, or what decides on them in the run."""
-PAPER = Latest()
 GRADIENTS = "Gradients are on, so every step ran all blocks; call the pipeline under torch.no_grad()."
 NOTHING_FITS = (
     "No call found what the last cache step had stored for its branch, as its conditioning, its shape or the model's adapters "
@@ -90,11 +89,6 @@ class Reuser(Part):
             self._begin_undecided(self.plan, run.num_steps)
         else:
             self._begin_planned(self.plan, run)
-
-    def check_fit(self) -> None:
-        """Raise the ScheduleError that makes the run that began impossible, if there is one."""
-        if self.unfit is not None:
-            raise self.unfit
 
     def _begin_planned(self, plan: ReuseConfig | Schedule | Sequence[Schedule], run: Run) -> None:
         if isinstance(plan, ReuseConfig):
@@ -286,7 +280,7 @@ class Reuser(Part):
         for place, sample in enumerate(samples):
             if index not in self._kept(call, sample):
                 continue
-            inputs = self._entered.inputs[place] if self.storage.wants_inputs else None
+            inputs = stored_by(self.storage, self._entered.inputs[place]) if self.storage.wants_inputs else None
             ours = stored_by(self.storage, tuple(sample_of(stream, place, len(samples), call.rows) for stream in outputs))
             fresh = Kept(_position(call), self._entered.entries[place], inputs, ours)
             last = agenda.last_cache(call.step, sample)

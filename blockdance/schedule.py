@@ -178,7 +178,7 @@ class Schedule:
         return self.cutoffs[step] if self.cutoffs else self.cutoff_block
 
     def blocks_kept(self, points: int = 1) -> list[frozenset[int]]:
-        """For every step the blocks whose output there later reuse steps start from, if each looks back to `points` cache steps."""
+        """For every step the blocks whose output later reuse steps start from, if each looks back to `points` cache steps."""
         kept: list[frozenset[int]] = []
         reused: list[frozenset[int]] = [frozenset()]
         """By how many cache steps come before, the blocks that later steps reuse."""

@@ -81,8 +81,8 @@ class ScheduledSession(Session):
         given = arguments_of(self._step, args, kwargs)
         if clock.is_new and not clock.is_placed:
             if clock.place_after_step(self.scheduler, given.get("timestep")):
-                self._resize(clock)
-            self._check_fit()
+                self.resize_run(clock.num_steps)
+            self.check_fit()
         if not self._order:
             self._loop_functions |= self._other_functions
         for branches in self._branches:
@@ -99,17 +99,6 @@ class ScheduledSession(Session):
         self.steps_done = step + 1
         for part in self.parts:
             part.end_step(step, calls, sample_rows)
-
-    def _resize(self, clock: Clock) -> None:
-        """Its first step shows that fewer steps run than there are timesteps."""
-        self.num_steps = clock.num_steps
-        for part in self.parts:
-            part.resize_run(self)
-
-    def _check_fit(self) -> None:
-        for part in self.parts:
-            if part.unfit is not None:
-                raise part.unfit
 
     def _check_steps(self) -> None:
         """Raise SessionError for a step outside of a run whose calls were plain."""
@@ -171,7 +160,7 @@ class ScheduledSession(Session):
             if found and clock.begin_at(found[0]):
                 self._begin()
         if clock.is_placed:
-            self._check_fit()
+            self.check_fit()
 
     def _check_calls(self, branches: Branches) -> None:
         """Raise SessionError where calls go on and on and no step ends."""

@@ -71,6 +71,23 @@ class Session:
         for part in self.parts:
             part.begin_run(self)
 
+    def resize_run(self, num_steps: int) -> None:
+        """The run that is on turns out to have that many steps, or its transformer other blocks.
+
+        Raises:
+            ScheduleError: what is planned does not fit that.
+        """
+        self.num_steps = num_steps
+        for part in self.parts:
+            part.resize_run(self)
+        self.check_fit()
+
+    def check_fit(self) -> None:
+        """Raise the ScheduleError that makes the run impossible, if there is one."""
+        for part in self.parts:
+            if part.unfit is not None:
+                raise part.unfit
+
     def run_model(
         self, run: Callable[..., Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
     ) -> Any:
@@ -79,7 +96,9 @@ class Session:
         if call is None:
             return self._uncompiled(run, model)(model, *args, **kwargs)
         self._check_call(call)
-        call.denoiser.prove(partial(run, model, *args, **kwargs))
+        if call.denoiser.prove(partial(run, model, *args, **kwargs)):
+            self.resize_run(self.num_steps)
+            call.depth = call.denoiser.depth_in(kwargs)
         output = None
         for part in self.parts:
             output = part.begin_call(call) if output is None else output
@@ -100,8 +119,7 @@ class Session:
         """A call at a (step, stage, branch)."""
         denoiser = self.denoisers[expert]
         rows = len(args[0] if args else kwargs[denoiser.latent_name])
-        depth = denoiser.num_blocks - len(kwargs.get("skip_layers") or ())
-        return ModelCall(*place, args, kwargs, rows, depth, denoiser, expert, order)
+        return ModelCall(*place, args, kwargs, rows, denoiser.depth_in(kwargs), denoiser, expert, order)
 
     def _check_call(self, call: ModelCall) -> None:
         """Before anything runs, raise UnsupportedModelError for a call whose blocks do more than return their streams."""

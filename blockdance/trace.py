@@ -180,10 +180,14 @@ class Tracer(Part):
         self._last: Mark = 0.0
 
     def begin_run(self, run: Run) -> None:
+        self.resize_run(run)
         self.trace._finished.clear()
         self.trace.cache_bytes = 0
         self._devices = [next(denoiser.transformer.parameters()).device for denoiser in run.denoisers]
         self._last = self._mark()
+
+    def resize_run(self, run: Run) -> None:
+        self.trace.num_blocks = run.num_blocks
 
     def _mark(self) -> Mark:
         return mark(next((device for device in self._devices if device.type == "cuda"), None))

@@ -19,7 +19,7 @@ Callback = Callable[["Guided", int, Tensor], None]
 
 
 class Guided:
-    """Calls the transformer once for each text in a step, as pipelines do: all but the latent and the timestep stay the same."""
+    """Calls the transformer once for each text in a step, as pipelines do; all but latent and timestep stay the same."""
 
     def __init__(self, tiny: Tiny, scheduler: Any = None, texts: int = 2) -> None:
         self.tiny = tiny

@@ -1,6 +1,7 @@
 """The core of the contract for every adapter, on tiny random models that a bare sampling loop drives."""
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,13 @@ STEPS = 6
 REUSING = "fccrrf"
 
 
+def each(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change a tensor, or all in a list of tensors; else the value as it is."""
+    if isinstance(value, list) and all(isinstance(one, Tensor) for one in value):
+        return [change(one) for one in value]
+    return change(value) if isinstance(value, Tensor) else value
+
+
 class Loop:
     """The smallest pipeline: a transformer, a scheduler and a loop."""
 
@@ -29,7 +37,7 @@ class Loop:
 
     def predict(self, latent: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
         inputs = {
-            name: value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            name: each(lambda one: one.to(self.dtype) if one.is_floating_point() else one, value)
             for name, value in inputs.items()
         }
         moment = torch.full_like(inputs["timestep"], timestep.item())
@@ -46,7 +54,9 @@ class Loop:
         if only is not None:
             latent = latent[only : only + 1]
             inputs = {
-                name: value[only : only + 1] if isinstance(value, (Tensor, list)) and len(value) == batch else value
+                name: value[only : only + 1]
+                if isinstance(value, list) and len(value) == batch
+                else each(lambda one: one[only : only + 1] if len(one) == batch else one, value)
                 for name, value in inputs.items()
             }
         self.scheduler.set_timesteps(steps)

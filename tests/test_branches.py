@@ -212,7 +212,7 @@ def test_calls_before_and_after_a_run_are_plain_and_change_nothing(
 
 
 def test_an_extra_call_by_the_loop_itself_leaves_the_picture_alone(one_of_two: Guided) -> None:
-    """It has the text of a branch, comes from the same line, and only at a cache step: nobody can tell which of the two it was."""
+    """It has a branch's text, comes from the same line, and only at a cache step: nobody can tell which of the two it was."""
     pipe = one_of_two
     with accelerate(pipe, Schedule.parse("fffcfcrfff", 1)):
         pipe(branches=lambda step: (0, 0) if step == 5 else (0,))

@@ -421,14 +421,37 @@ def test_what_is_no_storage_rule_is_refused_at_once(storage: Any) -> None:
         accelerate(pixart(), ReuseConfig(), storage=storage).__enter__()
 
 
-def test_a_call_outside_a_run_is_refused(case: Case) -> None:
-    pipe = case.build()
-    with accelerate(pipe, REUSING), torch.no_grad():
-        with pytest.raises(SessionError, match=r"before scheduler\.set_timesteps"):
-            pipe.transformer(**case.inputs())
-        case.run(pipe)
-        with pytest.raises(SessionError, match="is over"):
-            pipe.transformer(**case.inputs())
+def test_a_call_outside_a_run_is_plain_and_changes_nothing(case: Case) -> None:
+    pipe, inputs = case.build(), case.inputs()
+    with torch.no_grad():
+        plain = pipe.transformer(**inputs)[0]
+    with accelerate(pipe, REUSING):
+        expected = case.run(pipe)
+    with accelerate(pipe, REUSING) as trace, torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(plain, pipe.transformer(**inputs)[0])
+            assert torch.equal(expected, case.run(pipe))
+        assert torch.equal(plain, pipe.transformer(**inputs)[0])
+    assert len(trace.steps) == STEPS
+
+
+def test_steps_outside_a_run_are_refused_with_the_reason(case: Case) -> None:
+    pipe, inputs = case.build(), case.inputs()
+
+    def loop() -> None:
+        with torch.no_grad():
+            for timestep in pipe.scheduler.timesteps:
+                pipe.transformer(**inputs)
+                pipe.scheduler.step(torch.zeros(1, 4, 8, 8), timestep, torch.zeros(1, 4, 8, 8))
+
+    pipe.scheduler.set_timesteps(4)
+    with accelerate(pipe, REUSING), pytest.raises(SessionError, match="set_timesteps was called before the with block"):
+        loop()
+    with accelerate(pipe, REUSING):
+        pipe.scheduler.set_timesteps(4)
+        loop()
+        with pytest.raises(SessionError, match="the run of 4 steps is over"):
+            loop()
 
 
 class _Other(torch.nn.Module):

@@ -97,9 +97,10 @@ def test_guidance_in_two_calls_is_the_conditional_call_and_then_the_unconditiona
     states = captured(pipe)
     with observe(pipe) as observation, torch.no_grad():
         pipe.scheduler.set_timesteps(4)
+        branches = [case.inputs(), case.inputs()]
         for timestep in pipe.scheduler.timesteps:
-            for _ in range(2):
-                pipe.transformer(**case.inputs())
+            for inputs in branches:
+                pipe.transformer(**inputs | {"hidden_states": torch.randn(2, 4, 8, 8)})
             pipe.scheduler.step(torch.zeros(2, 4, 8, 8), timestep, torch.zeros(2, 4, 8, 8))
     assert observation.branches == ["conditional", "unconditional"]
     assert_same(observation, "conditional", [block[0::2] for block in states], slice(None))

@@ -222,7 +222,7 @@ def test_a_difference_in_a_nested_or_a_further_input_is_refused(other: dict[str,
 
 def test_the_branches_of_guidance_in_two_calls_are_replayed_apart(case: Case) -> None:
     pipe = case.build()
-    calls = [[case.inputs(), case.inputs()] for _ in range(4)]
+    calls = [[case.inputs(), case.inputs()]] * 4
     schedule = Schedule.parse("ffcr", 3)
     with accelerate(pipe, schedule):
         full = drive(pipe, calls)

@@ -6,70 +6,31 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from blockdance import ReuseConfig, Schedule, UnsupportedModelError, accelerate
-from blockdance.adapters import REFUSED, STACKS
+from blockdance.adapters import REFUSED, STACKS, blocks_of
+from blockdance.selftest import candidate_stacks, proven_stack
 from tests.test_adapters import Loop
+from tests.toys import (
+    Again,
+    Around,
+    Backwards,
+    Beside,
+    Heavy,
+    Idle,
+    Junk,
+    LongSkip,
+    Pairs,
+    Plain,
+    Random,
+    Remembering,
+    Table,
+)
 from tests.zoo import ZOO, Tiny
 
 SCHEDULE = Schedule.parse("fccrrf", 1)
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, hidden_states: Tensor, moment: Tensor) -> Tensor:
-        return hidden_states + torch.tanh(self.linear(hidden_states) + moment)
-
-
-class Plain(nn.Module):
-    """Blocks in a row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(4))
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, moment=timestep[:, None, None] / 1000)
-        return (hidden_states,)
-
-
-class LongSkip(Plain):
-    """The last block also reads what the first put out."""
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        moment = timestep[:, None, None] / 1000
-        first = hidden_states = self.layers[0](hidden_states, moment)
-        for layer in self.layers[1:-1]:
-            hidden_states = layer(hidden_states, moment)
-        return (self.layers[-1](hidden_states + first, moment),)
-
-
-class Random(Plain):
-    """Never the same twice."""
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        return super().forward(hidden_states + torch.randn_like(hidden_states), timestep)
-
-
-class Remembering(Plain):
-    """Blocks that may write into a cache."""
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        kv_caches: Any = None,
-        kv_cache_mode: Any = None,
-        return_dict: bool = True,
-    ) -> tuple[Tensor]:
-        if kv_caches is not None:
-            kv_caches.append(hidden_states)
-        return super().forward(hidden_states, timestep)
 
 
 def toy(build: type[nn.Module]) -> Loop:
@@ -104,6 +65,63 @@ def test_an_unknown_model_that_does_not_is_refused_and_left_alone(build: type[nn
     ):
         loop()
     assert [type(module) for module in loop.transformer.modules()] == classes
+
+
+REFUSALS: dict[type[nn.Module], str] = {
+    Heavy: r"blocks do \d+% of what runs in a call, so reuse could save little",
+    Idle: "what its blocks put out does not matter",
+    Around: "its blocks do not run once each",
+    Again: "its blocks do not run once each",
+    Beside: "did not give the same bits",
+}
+
+
+@pytest.mark.parametrize("build", REFUSALS, ids=lambda build: build.__name__)
+def test_the_reason_of_a_refusal_is_what_is_the_matter(build: type[nn.Module]) -> None:
+    loop = toy(build)
+    with pytest.raises(UnsupportedModelError, match=REFUSALS[build]), accelerate(loop, SCHEDULE):
+        loop()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_table_with_most_of_the_parameters_is_not_most_of_what_runs(mode: Any) -> None:
+    loop = toy(Table)
+    model, inputs = loop.transformer, loop.tiny.inputs(1)
+    with mode():
+        stack = proven_stack(model, candidate_stacks(model), lambda: model(**inputs))
+    assert stack.returns == {"layers": ("hidden_states",)}
+
+
+def test_blocks_are_chosen_by_their_weight_and_not_by_their_number() -> None:
+    loop = toy(Junk)
+    with accelerate(loop, SCHEDULE) as trace:
+        loop()
+    assert trace.block_evaluations == 4 * 4 + 2 * 2
+
+
+def test_lists_are_put_in_the_order_in_which_they_run() -> None:
+    model, inputs = toy(Backwards).transformer, toy(Backwards).tiny.inputs(1)
+    stack = proven_stack(model, candidate_stacks(model), lambda: model(**inputs))
+    assert [block.module for block in blocks_of(model, stack)] == [*model.first, *model.layers]
+
+
+def test_streams_of_one_shape_are_told_apart_by_where_they_go() -> None:
+    loop = toy(Pairs)
+    model, inputs = loop.transformer, loop.tiny.inputs(1)
+    stack = proven_stack(model, candidate_stacks(model), lambda: model(**inputs))
+    assert stack.returns == {"layers": ("context", "x")}
+    assert blocks_of(model, stack)[0].image == 1
+
+
+def test_a_model_that_takes_and_returns_lists_of_tensors_is_proven() -> None:
+    model = zoo_loop("ZImageTransformer2DModel").transformer
+    pictures, words = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 7, 16)
+
+    def call() -> Any:
+        return ZImageTransformer2DModel.forward(model, list(pictures), torch.tensor([0.5, 0.5]), list(words))
+
+    blocks = blocks_of(model, proven_stack(model, candidate_stacks(model), call))
+    assert {id(block.module) for block in blocks} > {id(layer) for layer in model.layers}
 
 
 @pytest.mark.parametrize("name", ["CogVideoXTransformer3DModel", "SD3Transformer2DModel", "WanTransformer3DModel"])
