@@ -9,7 +9,7 @@ that call it plainly see nothing.
 import copy
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ class CompiledForward:
         check_graphable(transformer)
         self.blocks, self.options = blocks, options
         self._transformer = weakref.ref(transformer)
+        self._hook: Callable[[], Any] = lambda: None
         self._twins: dict[Kind, Twin] = {}
         self._lock = threading.Lock()
 
@@ -87,7 +88,7 @@ class CompiledForward:
         assert not torch.is_grad_enabled(), "with gradients the caller runs the model as it is"
         transformer = self._transformer()
         assert transformer is not None, "the caller holds the model it calls"
-        hook = vars(transformer).get("_hf_hook")
+        hook = self._offloading(transformer)
         if hook is not None:
             args, kwargs = hook.pre_forward(transformer, *args, **kwargs)
         with self._lock:
@@ -98,6 +99,14 @@ class CompiledForward:
         if hook is not None:
             output = hook.post_forward(transformer, output)
         return output, *more
+
+    def _offloading(self, transformer: nn.Module) -> Any:
+        """The hook that moves the whole model, if there is one; a new one may have come with others, further down."""
+        hook = vars(transformer).get("_hf_hook")
+        if hook is not None and hook is not self._hook():
+            check_graphable(transformer)
+            self._hook = weakref.ref(hook)
+        return hook
 
     def _twin(self, transformer: nn.Module, kind: Kind) -> "Twin":
         """The kind's twin, made anew if what it copied of the model has changed since."""
@@ -198,11 +207,12 @@ _compiled_lock = threading.Lock()
 
 
 def compiled_forward(transformer: nn.Module, blocks: list[Block], **options: Any) -> CompiledForward:
-    """The transformer's `CompiledForward` with these options; the same one each time, so that later sessions compile nothing.
+    """The transformer's `CompiledForward` with these options; a later session gets the same one, and compiles nothing.
 
     Raises:
         UnsupportedModelError: as `CompiledForward`.
     """
+    check_graphable(transformer)
     with _compiled_lock:
         known = _compiled.setdefault(transformer, [])
         for one in known:
