@@ -23,9 +23,8 @@ from analysis.optional_rivals import cache_dit_mask, cache_dit_threshold, output
 from analysis.restoring import restored
 from blockdance import Extrapolated, ReuseConfig, accelerate, fixed_schedule, load_demo_profile
 from blockdance.plan import Planner
-from blockdance.reuser import PAPER
 from blockdance.scheduled import depth_of
-from blockdance.storage import Residual, StorageRule
+from blockdance.storage import PAPER, Residual, StorageRule
 
 ATTENTION_AND_MLP = [r"transformer_blocks\.\d+\.(attn1|attn2|ff)"]
 """What TaylorSeer predicts; its own default matches nothing in DiT and PixArt."""

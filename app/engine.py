@@ -35,9 +35,9 @@ from analysis.pictures import Picture
 from analysis.timing import Timing, time_interleaved
 from blockdance import OnStep, ReuseConfig, Schedule, Trace
 from blockdance.ada import AdaPolicy
+from blockdance.deciders import schedules_for
 from blockdance.demo import WordModel
 from blockdance.policy import Decision
-from blockdance.reuser import schedules_for
 from blockdance.scheduled import depth_of
 from blockdance.storage import rule_named
 

@@ -1,24 +1,27 @@
 """`accelerate`: BlockDance around an unmodified pipeline."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from blockdance.deciders import Decider, check_kind, check_plan
+from blockdance.errors import ConfigError
 from blockdance.policy import Policy
 from blockdance.replay import Recording
-from blockdance.reuser import PAPER, Plan, Reuser, check_kind, check_plan
-from blockdance.storage import StorageRule, check_rule
+from blockdance.reuser import Reuser
+from blockdance.storage import PAPER, StorageRule, check_rule
 from blockdance.trace import OnStep, Trace, traced
 
 
 @contextmanager
 def accelerate(
     pipe: Any,
-    config: Plan,
+    config: Decider,
     *,
     storage: StorageRule | None = None,
     replay: Recording | None = None,
     on_step: OnStep | None = None,
+    compiled: Mapping[str, Any] | None = None,
 ) -> Iterator[Trace]:
     """Run the unmodified pipeline inside with BlockDance; leaving restores it exactly, whatever happened inside.
 
@@ -32,6 +35,9 @@ def accelerate(
         replay: a baseline from `record`, made with the same call; its outputs stand in for the steps before the
             first reuse, and the result has the same bits as a full run.
         on_step: called with (finished step, number of steps); raise from it to cancel.
+
+        compiled: options of `torch.compile` for the whole forward, as `{"mode": "reduce-overhead"}`: one graph for calls of all
+            blocks, and one for each tail. By default the forward runs as it is.
 
     Yields:
         The trace of the last run.
@@ -48,10 +54,12 @@ def accelerate(
     if storage is None:
         storage = config.storage if isinstance(config, Policy) else PAPER
     check_rule(storage)
-    reuser = Reuser(config, trace, replay, storage)
+    if compiled is not None and storage.wants_inputs:
+        raise ConfigError(f"storage must be a rule of block outputs alone for a compiled forward, got {storage!r}")
+    reuser = Reuser(config, trace, replay, storage, compiled)
     with traced(pipe, reuser, trace, on_step) as session:
         if replay is not None:
             replay.check_transformer(session.transformer)
         check_plan(config, session)
         yield trace
-        reuser.leave()
+        reuser.notes.end()

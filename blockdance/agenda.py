@@ -20,6 +20,8 @@ class Agenda:
         self.from_step = min(one.shared_prefix - (0 if one.first_reuse is None else points - 1) for one in schedules)
         """Steps before this one leave nothing behind, and may be replayed."""
         self._kept = [one.blocks_kept(points) for one in schedules]
+        self.ever_kept = frozenset().union(*(blocks for kept in self._kept for blocks in kept))
+        """Blocks whose output is kept at any step."""
         self._last_cache = [last_caches(one) for one in schedules]
 
     @property
@@ -30,6 +32,7 @@ class Agenda:
     def keep(self, first: int, stop: int, blocks: Collection[int]) -> None:
         """Keep these blocks' outputs at the steps [first, stop), for what is not decided yet."""
         self.from_step = first
+        self.ever_kept |= frozenset(blocks)
         for step in range(first, stop):
             self._kept[0][step] = frozenset(blocks)
 

@@ -92,7 +92,7 @@ class CountedSession(Session):
 
     def tell_misses(self) -> None:
         """Warn if nothing was reused of what was asked for."""
-        self._reuser.tell_misses()
+        self._reuser.notes.tell_misses()
 
     def _drop(self, branch: int) -> None:
         self._progress.pop(branch, None)

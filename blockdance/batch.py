@@ -14,6 +14,9 @@ from torch import Tensor
 SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
 """Arguments of transformers that have no rows, though their length might equal their number."""
 
+LATENTS = ("x", "hidden_states")
+"""What transformers call their latent."""
+
 
 def rows_of(samples: Sequence[int], num_samples: int, rows: int) -> list[int]:
     """The rows of these samples, in a call of `rows` rows."""
@@ -23,10 +26,14 @@ def rows_of(samples: Sequence[int], num_samples: int, rows: int) -> list[int]:
 def arguments_for(values: dict[str, Any], chosen: Tensor, rows: int) -> dict[str, Any]:
     """Arguments of the transformer by name, of which tensors with one row per row of the batch keep the chosen ones.
 
-    Those inside dictionaries, lists and tuples too, such as the residuals of a ControlNet.
+    Those inside dictionaries, lists and tuples too, such as the residuals of a ControlNet. Where the latent is a list with a
+    tensor for each row, as Z-Image takes it, other lists as long are of rows too.
     """
+    by_lists = any(isinstance(values.get(name), list) for name in LATENTS)
 
     def part(name: str, value: Any) -> Any:
+        if by_lists and isinstance(value, list) and len(value) == rows:
+            return [value[row] for row in chosen.tolist()]
         if isinstance(value, dict):
             return {inner: part(inner, one) for inner, one in value.items()}
         if type(value) in (list, tuple):
@@ -46,6 +53,9 @@ def together(outputs: Sequence[Any], chosen: Sequence[Tensor]) -> Any:
         for output, rows in zip(outputs, chosen, strict=True):
             whole[rows.to(whole.device)] = output
         return whole
+    if isinstance(first, list):
+        placed = {row: one for output, rows in zip(outputs, chosen, strict=True) for row, one in zip(rows.tolist(), output)}  # noqa: B905
+        return [placed[row] for row in sorted(placed)]
     if isinstance(first, tuple):
         return tuple(together(parts, chosen) for parts in zip(*outputs, strict=True))
     return type(first)(sample=together([output.sample for output in outputs], chosen))

@@ -14,10 +14,9 @@ from blockdance.frontier import schedule_saving
 from blockdance.observe import Observation, observe
 from blockdance.profile import Products, Profile, key_of
 from blockdance.replay import Recording, record
-from blockdance.reuser import PAPER
 from blockdance.schedule import MIN_STEPS, Schedule, StepKind, default_cutoff
 from blockdance.scheduled import depth_of
-from blockdance.storage import StorageRule
+from blockdance.storage import PAPER, StorageRule
 
 Pixels = NDArray[np.floating]
 """In [0, 1], (height, width, 3), or (frames, height, width, 3)."""

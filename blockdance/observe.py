@@ -88,6 +88,7 @@ class Observer(Part):
     """
 
     needs_whole_batches = True
+    needs_blocks = True
 
     def __init__(self, observation: Observation, keep_blocks: Sequence[int] = ()) -> None:
         self.observation = observation

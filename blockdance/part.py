@@ -61,6 +61,10 @@ class Part:
     """Whether it makes sense only where every block runs."""
     needs_whole_batches = False
     """Whether it cannot follow a batch that is run in parts."""
+    needs_blocks = False
+    """Whether it makes no sense where blocks run unseen."""
+    hides_blocks = False
+    """Whether blocks run unseen with it."""
     unfit: ScheduleError | None = None
     """Why the run that began cannot be."""
 

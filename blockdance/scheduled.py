@@ -231,6 +231,8 @@ def check_company(part: Part, others: list[Part]) -> None:
     for other in others:
         if part.changes_the_run and other.changes_the_run:
             raise SessionError("this pipeline is accelerated already; leave the outer accelerate first")
+        if (part.hides_blocks and other.needs_blocks) or (part.needs_blocks and other.hides_blocks):
+            raise SessionError("observe sees every block, which a compiled forward hides; leave one of the two out")
         if (part.changes_the_run and other.needs_the_baseline) or (part.needs_the_baseline and other.changes_the_run):
             raise SessionError("record keeps the baseline, so it cannot be combined with accelerate")
 
