@@ -7,7 +7,15 @@ with accelerate(pipe, ReuseConfig(reuse_interval=2)) as trace:
 from blockdance.accelerate import accelerate
 from blockdance.apply import Applied, BlockDanceConfig, apply_block_dance
 from blockdance.demo import load_demo_pipeline, load_demo_profile, load_demo_styles_pipeline, load_demo_video_pipeline
-from blockdance.errors import BlockDanceError, ConfigError, PolicyError, ScheduleError, SessionError, UnsupportedModelError
+from blockdance.errors import (
+    BlockDanceError,
+    BlockDanceWarning,
+    ConfigError,
+    PolicyError,
+    ScheduleError,
+    SessionError,
+    UnsupportedModelError,
+)
 from blockdance.integrate import integrate
 from blockdance.observe import Observation, observe
 from blockdance.offload import Offloaded
@@ -26,6 +34,7 @@ __all__ = [
     "Applied",
     "BlockDanceConfig",
     "BlockDanceError",
+    "BlockDanceWarning",
     "ConfigError",
     "Extrapolated",
     "Observation",

@@ -12,14 +12,15 @@ from torch import nn
 from blockdance.branches import Branches
 from blockdance.callers import MainCaller
 from blockdance.clock import moment_of
-from blockdance.company import check_free
+from blockdance.company import check_free, check_no_cache
 from blockdance.denoiser import Denoiser
 from blockdance.errors import ConfigError, ScheduleError, SessionError, UnsupportedModelError
 from blockdance.part import ModelCall
-from blockdance.patch import applied_class, in_a_session, swapped
+from blockdance.patch import applied_class, in_a_session
 from blockdance.reuser import Reuser
 from blockdance.schedule import ReuseConfig, Schedule, check_cutoff, default_cutoff, is_integer
 from blockdance.session import Session
+from blockdance.swap import swap_for
 from blockdance.trace import Trace
 
 
@@ -91,8 +92,9 @@ class CountedSession(Session):
         self._progress: dict[int, Progress] = {}
 
     def tell_misses(self) -> None:
-        """Warn if nothing was reused of what was asked for."""
-        self._reuser.notes.tell_misses()
+        """Warn if nothing was reused although it was asked for."""
+        if self.config.reuse_interval > 1 and self.num_blocks > 1:
+            self._reuser.notes.tell_misses(self.calls_made)
 
     def _drop(self, branch: int) -> None:
         self._progress.pop(branch, None)
@@ -132,6 +134,8 @@ class CountedSession(Session):
         if begins:
             self._reuser.drop_branch(0, branch)
             step = given or 0
+        if step == 0:
+            check_no_cache(self.transformer)
         if total != self.num_steps:
             self.num_steps = total
             self._reuser.begin_run(self)
@@ -179,7 +183,7 @@ class Applied:
         self._is_checked = False
         self._swaps = ExitStack()
         self.session()
-        self._swaps.enter_context(swapped(transformer, applied_class(self)))
+        swap_for(self._swaps, transformer, applied_class(self))
 
     def session(self) -> CountedSession:
         """Of the current thread."""

@@ -17,7 +17,12 @@ def check_free(transformer: nn.Module) -> None:
     """Raise SessionError if something else decides which of the transformer's blocks run."""
     if applied_to(transformer):
         raise SessionError("this transformer is accelerated already by apply_block_dance or enable_cache; remove that first")
-    if getattr(transformer, "is_cache_enabled", False):
+    check_no_cache(transformer)
+
+
+def check_no_cache(transformer: nn.Module) -> None:
+    """Raise SessionError if another cache is on the transformer."""
+    if getattr(transformer, "_cache_config", None) is not None:
         raise SessionError(f"{type(transformer).__name__} has another cache enabled; call its disable_cache first")
     found = cache_on(transformer)
     if found:
@@ -30,7 +35,7 @@ def cache_on(transformer: nn.Module) -> str | None:
         if getattr(transformer, mark, False):
             return package
     for module in transformer.modules():
-        hooks: dict[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        hooks: dict[str, Any] = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
         cache = next((name for name, hook in hooks.items() if is_cache(hook)), None)
         foreign = getattr(vars(module).get("forward"), "__module__", None) or ""
         if cache or foreign.startswith(FOREIGN_PACKAGES):

@@ -16,6 +16,8 @@ class Run(Protocol):
     denoisers: list[Denoiser]
     num_steps: int
     steps_done: int
+    calls_made: int
+    """Of the transformer, as far as they belong to the run."""
 
     @property
     def num_blocks(self) -> int:

@@ -17,11 +17,11 @@ from torch import nn
 
 from blockdance import presence
 from blockdance.presence import ACTIVE
-from blockdance.swap import derived, is_swapped, original_class, swap_in, swap_out, swapped
+from blockdance.swap import derived, is_swapped
 
 __all__ = [
-    "ACTIVE", "CURRENT", "NAME", "applied_class", "applied_to", "block_class", "in_a_session", "original_class",
-    "scheduler_class", "swap_in", "swap_out", "swapped", "transformer_class",
+    "ACTIVE", "CURRENT", "NAME", "applied_class", "applied_to", "block_class", "in_a_session", "scheduler_class",
+    "transformer_class",
 ]  # fmt: skip
 
 

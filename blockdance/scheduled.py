@@ -15,8 +15,9 @@ from blockdance.company import check_free
 from blockdance.denoiser import denoisers_of, first_denoiser
 from blockdance.errors import SessionError, UnsupportedModelError
 from blockdance.part import ModelCall, Part
-from blockdance.patch import NAME, scheduler_class, swapped, transformer_class
+from blockdance.patch import NAME, scheduler_class, transformer_class
 from blockdance.session import Session
+from blockdance.swap import swap_for
 
 __all__ = ["ScheduledSession", "depth_of", "evaluation_places", "joined", "scheduler_of"]
 
@@ -245,13 +246,13 @@ def opened(pipe: Any) -> Iterator[ScheduledSession]:
         check_free(denoiser.transformer)
     with session.swaps as swaps:
         try:
-            swaps.enter_context(swapped(session.scheduler, scheduler_class(session.scheduler)))
+            swap_for(swaps, session.scheduler, scheduler_class(session.scheduler))
         except TypeError as error:
             raise UnsupportedModelError(
                 f"{type(session.scheduler).__name__} cannot be followed ({error}); give the pipeline the scheduler itself"
             ) from None
         for denoiser in session.denoisers:
-            swaps.enter_context(swapped(denoiser.transformer, transformer_class))
+            swap_for(swaps, denoiser.transformer, transformer_class)
         presence.enter(session)
         swaps.callback(session.close)
         yield session

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from blockdance.adapters import Block, Stack, Streams, blocks_of, parameter_names
 from blockdance.candidates import candidate_stacks
 from blockdance.errors import UnsupportedModelError
-from blockdance.patch import CURRENT, block_class, swapped
+from blockdance.patch import CURRENT, block_class
+from blockdance.swap import swap_for
 from blockdance.work import Work, num_parameters
 
 __all__ = ["candidate_stacks", "proven_stack"]
@@ -41,7 +42,7 @@ class Handler:
         """The modules report here, and to no session around."""
         with ExitStack() as stack:
             for module in self.modules:
-                stack.enter_context(swapped(module, block_class))
+                swap_for(stack, module, block_class)
             stack.callback(CURRENT.reset, CURRENT.set(self))
             yield
 

@@ -18,7 +18,8 @@ from blockdance.denoiser import Denoiser
 from blockdance.errors import SessionError, UnsupportedModelError
 from blockdance.execution import Execution
 from blockdance.part import ModelCall, Part
-from blockdance.patch import block_class, swapped
+from blockdance.patch import block_class
+from blockdance.swap import swap_for
 
 
 class Session:
@@ -32,6 +33,7 @@ class Session:
         self.parts: list[Part] = []
         self.num_steps = 0
         self.steps_done = 0
+        self.calls_made = 0
         self.run_number = 0
         self.is_open = False
         self.swaps = ExitStack()
@@ -65,7 +67,7 @@ class Session:
         """A run of that many steps begins here."""
         for denoiser in self.denoisers:
             check_free(denoiser.transformer)
-        self.num_steps, self.steps_done = num_steps, 0
+        self.num_steps, self.steps_done, self.calls_made = num_steps, 0, 0
         self.run_number += 1
         presence.bind(self)
         for part in self.parts:
@@ -95,6 +97,7 @@ class Session:
         call = self.next_call(self._experts[id(model)], args, kwargs, frame)
         if call is None:
             return self._uncompiled(run, model)(model, *args, **kwargs)
+        self.calls_made += 1
         self._check_call(call)
         if call.denoiser.prove(partial(run, model, *args, **kwargs)):
             self.resize_run(self.num_steps)
@@ -136,7 +139,7 @@ class Session:
         if id(model) not in self._with_swapped_blocks:
             self._with_swapped_blocks.add(id(model))
             for block in call.denoiser.blocks:
-                self.swaps.enter_context(swapped(block.module, block_class))
+                swap_for(self.swaps, block.module, block_class)
         return Execution(call, watchers)(self._uncompiled(run, model), model)
 
     def _run_parts(self, run: Callable[..., Any], model: nn.Module, call: ModelCall, lists: Sequence[Sequence[int]]) -> Any:

@@ -2,8 +2,8 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -86,11 +86,7 @@ def swap_out(thing: Any) -> None:
             object.__setattr__(thing, "__class__", original_class(type(thing)))
 
 
-@contextmanager
-def swapped(thing: Any, make_class: Callable[[type], type]) -> Iterator[None]:
-    """`swap_in`, and `swap_out` whatever happens."""
+def swap_for(stack: ExitStack, thing: Any, make_class: Callable[[type], type]) -> None:
+    """`swap_in` now, and `swap_out` when the stack is left; a stack that is only dropped does nothing."""
     swap_in(thing, make_class)
-    try:
-        yield
-    finally:
-        swap_out(thing)
+    stack.callback(swap_out, thing)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from blockdance import ReuseConfig, accelerate
-from blockdance.swap import Swapped, original_class
+from blockdance.swap import Swapped, is_swapped, original_class
 from tests.guided import MODELS, TWO, Guided
 
 REUSING = ReuseConfig(2, 1, 0.3, 1.0)
@@ -33,7 +33,7 @@ def blocks_of(pipe: Guided) -> Any:
 
 
 def test_a_scheduler_made_inside_has_the_original_class(pipe: Guided) -> None:
-    original = type(pipe.scheduler)
+    original: Any = type(pipe.scheduler)
     with accelerate(pipe, REUSING), ThreadPoolExecutor(1) as threads:
         pipe()
         made = [
@@ -41,7 +41,7 @@ def test_a_scheduler_made_inside_has_the_original_class(pipe: Guided) -> None:
             type(pipe.scheduler).from_config(pipe.scheduler.config),
             type(pipe.scheduler)(),
             threads.submit(pipe.scheduler.from_config, pipe.scheduler.config).result(),
-            type(pipe.scheduler).__new__(type(pipe.scheduler)),
+            pipe.scheduler.__new__(type(pipe.scheduler)),
             copy.copy(pipe.scheduler),
             pickle.loads(pickle.dumps(pipe.scheduler)),
         ]
@@ -58,7 +58,7 @@ def test_a_model_made_inside_has_the_original_classes(one_of_two: Guided, tmp_pa
     before = [type(module) for module in pipe.transformer.modules()]
     with accelerate(pipe, REUSING):
         pipe()
-        assert isinstance(pipe.transformer, Swapped)
+        assert is_swapped(pipe.transformer)
         pipe.transformer.save_pretrained(tmp_path)
         made = [
             type(pipe.transformer).from_config(pipe.transformer.config),
@@ -66,7 +66,7 @@ def test_a_model_made_inside_has_the_original_classes(one_of_two: Guided, tmp_pa
             type(pipe.transformer)(**pipe.transformer.config),
         ]
         block = blocks_of(pipe)[0]
-        assert isinstance(block, Swapped) and not isinstance(copy.deepcopy(block), Swapped)
+        assert is_swapped(block) and not is_swapped(copy.deepcopy(block))
     assert all([type(module) for module in one.modules()] == before for one in made)
 
 
