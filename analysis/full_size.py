@@ -27,6 +27,8 @@ FORWARDS = {
     "graphs": "transformer compiled as a whole, with CUDA graphs",
 }
 """How the transformer runs, and how a table says it."""
+WHOLE: dict[str, dict[str, Any]] = {"whole": {}, "graphs": {"mode": "reduce-overhead"}}
+"""Of those that compile the whole forward, the options of `torch.compile`."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FULL_SIZE_REPEATS = 3
 WARM_UP_STEPS = MIN_STEPS
@@ -149,7 +151,7 @@ def measure(job: Job, sampler: Sampler, batch: int, intervals: list[int]) -> lis
     traces: dict[int, Trace] = {}
 
     def ours(interval: int) -> None:
-        traces[interval] = accelerated(sampler, schedules[interval])
+        traces[interval] = accelerated(sampler, schedules[interval], job.forward)
 
     warm_up(job, sampler, num_blocks)
     plain = partial(sampler, steps)
@@ -171,7 +173,7 @@ def warm_up(job: Job, sampler: Sampler, num_blocks: int) -> None:
     if job.forward != "eager":
         torch.compiler.reset()
     sampler(WARM_UP_STEPS)
-    accelerated(sampler, replace(job, steps=WARM_UP_STEPS).schedule(2, num_blocks))
+    accelerated(sampler, replace(job, steps=WARM_UP_STEPS).schedule(2, num_blocks), job.forward)
     outside(sampler, WARM_UP_STEPS)
 
 
@@ -228,9 +230,9 @@ def ideal_with_outside(evaluated: float, outside_fraction: float) -> float:
     return 1 / (outside_fraction + (1 - outside_fraction) * evaluated)
 
 
-def accelerated(sampler: Sampler, schedule: Schedule) -> Trace:
+def accelerated(sampler: Sampler, schedule: Schedule, forward: str) -> Trace:
     """One run with a schedule, entering and leaving included."""
-    with accelerate(sampler, schedule) as trace:
+    with accelerate(sampler, schedule, compiled=WHOLE.get(forward)) as trace:
         sampler(len(schedule))
     return trace
 
@@ -271,10 +273,8 @@ def compile_for(forward: str, model: Any) -> None:
     if forward == "blocks":
         for block in blocks_of(model):
             block.compile(fullgraph=True)
-    elif forward == "whole":
-        model.compile()
-    elif forward == "graphs":
-        model.compile(mode="reduce-overhead")
+    elif forward in WHOLE:
+        model.compile(**WHOLE[forward])
 
 
 def device_here() -> torch.device:

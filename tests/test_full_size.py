@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from analysis import full_size
 from analysis.__main__ import main
 from analysis.architectures import ARCHITECTURES, Architecture, sampler_for, with_random_weights
-from analysis.full_size import FORWARDS, Job, ideal_with_outside, key_of, run_full_size
+from analysis.full_size import FORWARDS, WHOLE, Job, ideal_with_outside, key_of, run_full_size
 from analysis.records import BenchError, Record, read_records, write_records
 from analysis.tables_full_size import BEGIN, END, render_full_size, update_full_size
 from blockdance import BlockDanceError
@@ -210,17 +210,18 @@ def test_what_is_outside_the_blocks_is_not_saved(evaluated: float, outside: floa
 def test_compiled_transformers_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: str) -> None:
     """Really traced, blocks each into one graph: what breaks a graph, or needs more graphs than dynamo keeps, is an error."""
     graphs, whole = CompileCounter(), torch.nn.Module.compile
-    told: list[dict[str, Any]] = []
+    told: list[bool] = []
 
-    def traced(module: torch.nn.Module, mode: str | None = None, **how: Any) -> None:
-        told.append({"whole": not isinstance(module, BasicTransformerBlock), "mode": mode})
-        whole(module, backend=graphs, **how)
+    def traced(module: torch.nn.Module, **how: Any) -> None:
+        told.append(isinstance(module, BasicTransformerBlock))
+        whole(module, **{"backend": graphs} | how)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    assert WHOLE["graphs"] == {"mode": "reduce-overhead"}
+    monkeypatch.setattr(full_size, "WHOLE", {key: {"backend": graphs} for key in WHOLE})
     records = run_full_size(Job(DIT, (1, 2, 3), (1, 2), 6, 1, forward=forward), tmp_path / "full.jsonl")
     assert graphs.frame_count > 0
-    mode = "reduce-overhead" if forward == "graphs" else None
-    assert told == [{"whole": forward != "blocks", "mode": mode}] * (BLOCKS if forward == "blocks" else 1)
+    assert told == ([True] * BLOCKS if forward == "blocks" else [False])
     assert {record["forward"] for record in records} == {forward}
     assert f", {FORWARDS[forward]} |" in render_full_size(records, "full.jsonl")
 
