@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -105,8 +106,15 @@ class Block:
         beside = [name.startswith(BESIDE_THE_IMAGE) or name == "c" for name in self.streams]
         return min(range(len(self.streams)), key=lambda stream: (beside[stream], self.places[stream]))
 
+    @cached_property
+    def is_single(self) -> bool:
+        """Whether there is one stream alone."""
+        return len(self.streams) == 1
+
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
         """The streams among a call's arguments, in the order in which they are returned."""
+        if self.is_single:
+            return (self.passed(args, kwargs),)
         return _filled(
             [
                 args[place] if place < len(args) else kwargs.get(name)
@@ -116,18 +124,18 @@ class Block:
 
     def passed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block would return if it did nothing."""
-        if len(self.streams) > 1:
+        if not self.is_single:
             return self.returning(self.inputs(args, kwargs))
-        return args[self.places[0]] if self.places[0] < len(args) else kwargs[self.streams[0]]
+        place = self.places[0]
+        return args[place] if place < len(args) else kwargs[self.streams[0]]
 
     def outputs(self, returned: Any) -> Streams:
         """The streams of what the block returned."""
-        return _filled(returned if len(self.streams) > 1 else [returned])
+        return (returned,) if self.is_single else _filled(returned)
 
     def returning(self, streams: Streams) -> Any:
         """What the block would return for these streams."""
-        returned = tuple(None if stream.shape[1:] == (0,) else stream for stream in streams)
-        return returned if len(self.streams) > 1 else returned[0]
+        return streams[0] if self.is_single else tuple(None if one.shape[1:] == (0,) else one for one in streams)
 
 
 def _filled(streams: Sequence[Tensor | None]) -> Streams:

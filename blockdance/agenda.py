@@ -17,17 +17,14 @@ class Agenda:
 
     def __init__(self, schedules: Sequence[Schedule], num_blocks: int, points: int) -> None:
         self.schedules, self.num_blocks = list(schedules), num_blocks
+        self.samples = range(len(self.schedules))
+        """Of the batch, as far as they are told apart."""
         self.from_step = min(one.shared_prefix - (0 if one.first_reuse is None else points - 1) for one in schedules)
         """Steps before this one leave nothing behind, and may be replayed."""
         self._kept = [one.blocks_kept(points) for one in schedules]
         self.ever_kept = frozenset().union(*(blocks for kept in self._kept for blocks in kept))
         """Blocks whose output is kept at any step."""
         self._last_cache = [last_caches(one) for one in schedules]
-
-    @property
-    def samples(self) -> range:
-        """Of the batch, as far as they are told apart."""
-        return range(len(self.schedules))
 
     def keep(self, first: int, stop: int, blocks: Collection[int]) -> None:
         """Keep these blocks' outputs at the steps [first, stop), for what is not decided yet."""
@@ -38,6 +35,8 @@ class Agenda:
 
     def kind(self, step: int, samples: Sequence[int]) -> StepKind:
         """What a step is for some samples; where they differ it is a cache step."""
+        if len(samples) == 1:
+            return self.schedules[samples[0]].kinds[step]
         kinds = {self.schedules[sample][step] for sample in samples}
         return kinds.pop() if len(kinds) == 1 else StepKind.CACHE
 

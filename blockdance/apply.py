@@ -111,12 +111,10 @@ class CountedSession(Session):
 
     def next_call(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> ModelCall | None:
         denoiser, name = self.denoisers[expert], self.context.get("name")
-        arguments = denoiser.named(args, kwargs)
-        told = {key: value for key, value in arguments.items() if key != denoiser.latent_name}
-        site = ((frame.f_code, frame.f_lasti),)
-        branch = self._branches.number_of(self._branches.looks_like(name, told, site))
+        site = ((id(frame.f_code), frame.f_lasti),)
+        branch = self._branches.number_of(self._branches.looks_like(name, denoiser.conditioning(args, kwargs), site))
         repeats = branch in self._progress
-        place = self._step_of(branch, arguments.get("timestep")), 0, branch
+        place = self._step_of(branch, denoiser.named(args, kwargs).get("timestep")), 0, branch
         if not self._caller.is_run(frame.f_code, repeats) and name is None:
             return None
         return self.made_call(expert, place, args, kwargs)

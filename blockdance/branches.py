@@ -1,8 +1,6 @@
 """Tell the branches of a run apart: by what the pipeline calls them, by their conditioning, and by where they are called."""
 
-import re
 from collections.abc import Callable, Hashable, Mapping
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -10,20 +8,12 @@ from torch import Tensor
 from blockdance.arguments import Leaf, leaves_of, same_value, version_of
 from blockdance.callers import Site
 
-CHANGES_EVERY_STEP = re.compile(r"timestep|sigma|latent|controlnet|^t$|^r$|^x$|(?<!encoder_)hidden_states$")
-"""Names of arguments that say where a run is, and not what it is about."""
 MANY_MISSES = 4
 PLAIN = (str, int, float, bool, type(None))
 MOST = 8
 """Conditionings, and branches, remembered at most; a text that changes with every call makes a new one each time."""
 SEVERAL_NAMES = ("conditional", "unconditional", "perturbed")
 """Of branches in calls of their own, in the order in which diffusers' pipelines call them."""
-
-
-@cache
-def is_conditioning(name: str) -> bool:
-    """Whether an argument of that name tells one branch from another."""
-    return not CHANGES_EVERY_STEP.search(name)
 
 
 class Conditionings:
@@ -46,7 +36,7 @@ class Conditionings:
         number = self._numbers.get(signature)
         if number is not None:
             return number
-        leaves = list(leaves_of({name: value for name, value in arguments.items() if is_conditioning(name)}))
+        leaves = list(leaves_of(arguments))
         others = reversed(self._known) if self._misses >= MANY_MISSES or not any(map(_is_far, leaves)) else ()
         found = next((number for number in others if self._equals(number, leaves)), None)
         self._misses += found is None
@@ -79,7 +69,7 @@ def _is_far(leaf: Leaf) -> bool:
 
 
 def _signature(arguments: Mapping[str, Any]) -> Hashable:
-    return tuple([(name, _identity(value)) for name, value in arguments.items() if is_conditioning(name)])
+    return tuple([(name, _identity(value)) for name, value in arguments.items()])
 
 
 def _identity(value: Any) -> Hashable:
@@ -106,6 +96,8 @@ class Branches:
         self._branches: dict[Hashable, int] = {}
         self._calls: dict[Hashable, int] = {}
         """Calls that look the same, in this evaluation."""
+        self.most_alike = 0
+        """How many calls of one look there are in this evaluation, at most."""
         self._usual: dict[Hashable, int] = {}
         """How many there are in an evaluation."""
         self._next = 0
@@ -118,21 +110,18 @@ class Branches:
         """The branch of a call; calls of one look are as many branches as there are of them in one evaluation."""
         ordinal = self._calls.get(look, 0)
         self._calls[look] = ordinal + 1
+        self.most_alike = max(self.most_alike, ordinal + 1)
         return self.number_of((look, ordinal))
 
     def number_of(self, key: Hashable) -> int:
         """The number of a branch."""
-        if key not in self._branches:
+        branch = self._branches.get(key)
+        if branch is None:
             if len(self._branches) >= MOST:
                 self._drop(self._branches.pop(next(iter(self._branches))))
-            self._branches[key] = self._next
+            branch = self._branches[key] = self._next
             self._next += 1
-        return self._branches[key]
-
-    @property
-    def most_alike(self) -> int:
-        """Calls of one look in this evaluation, at most."""
-        return max(self._calls.values(), default=0)
+        return branch
 
     def end_evaluation(self) -> None:
         """Drops branches that cannot be told apart, as there were more calls of their look than usual."""
@@ -141,3 +130,4 @@ class Branches:
                 for ordinal in range(count):
                     self._drop(self.number_of((look, ordinal)))
         self._calls.clear()
+        self.most_alike = 0

@@ -3,8 +3,9 @@
 from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
 from types import CodeType, FrameType
 
-Site = tuple[tuple[CodeType, int], ...]
-"""The functions from the one that calls the transformer out to the loop of the run, and the place in each."""
+Site = tuple[tuple[int, int], ...]
+"""The functions from the one that calls the transformer out to the loop of the run, by the addresses of their code, which
+somebody must keep, and the place in each."""
 
 TAKES_OVER = 2
 """Repeated calls in a row that make a function the one whose calls are the run's."""
@@ -20,6 +21,7 @@ class Loop:
 
     def __init__(self, frame: FrameType | None) -> None:
         self._frames: dict[int, FrameType] = {}
+        self._codes: dict[int, CodeType] = {}
         while frame is not None:
             self._frames[id(frame)] = frame
             frame = frame.f_back
@@ -28,16 +30,18 @@ class Loop:
         """Of a call from `frame`."""
         places = []
         while frame is not None:
-            places.append((frame.f_code, frame.f_lasti))
-            if id(frame) in self._frames or frame.f_code.co_flags & RESUMED:
+            code = frame.f_code
+            self._codes[id(code)] = code
+            places.append((id(code), frame.f_lasti))
+            if id(frame) in self._frames or code.co_flags & RESUMED:
                 break
             frame = frame.f_back
         return tuple(places)
 
 
-def functions(site: Site) -> tuple[CodeType, ...]:
+def functions(site: Site) -> tuple[int, ...]:
     """Through which functions a call went; a callback is one more."""
-    return tuple(code for code, _ in site)
+    return tuple([code for code, _ in site])
 
 
 class MainCaller:
@@ -48,6 +52,7 @@ class MainCaller:
     """
 
     def __init__(self) -> None:
+        self._codes: dict[int, CodeType] = {}
         self._main: CodeType | None = None
         self._other: CodeType | None = None
         self._repeats = 0
@@ -59,7 +64,8 @@ class MainCaller:
             caller: the function that calls.
             repeats: whether it has called for the same branch before.
         """
-        if self._main in (None, caller):
+        self._codes[id(caller)] = caller
+        if self._main is None or self._main is caller:
             self._main = caller if repeats else self._main
             self._other, self._repeats = None, 0
             return True

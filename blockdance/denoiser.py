@@ -13,6 +13,13 @@ FURTHER = re.compile(r"^(unconditional_)?transformer(_\d+)?$")
 """Names by which pipelines hold further denoisers: the low-noise expert of Wan 2.2, the unconditional one of others."""
 
 KV_CACHE = "kv_cache"
+CHANGES_EVERY_STEP = re.compile(r"timestep|sigma|latent|controlnet|^t$|^r$|^x$|(?<!encoder_)hidden_states$")
+"""Names of arguments that say where a run is, and not what it is about."""
+
+
+def is_conditioning(name: str) -> bool:
+    """Whether an argument of that name tells one branch from another."""
+    return not CHANGES_EVERY_STEP.search(name)
 
 
 class Denoiser:
@@ -24,6 +31,7 @@ class Denoiser:
         self._unproven = [] if known else candidate_stacks(transformer)
         self.stack = known or self._unproven[0]
         self._names = parameter_names(transformer)
+        self._conditioning = {name for name in self._names[1:] if is_conditioning(name)}
         self.kv_caches = [name for name in self._names if name.startswith(KV_CACHE)]
         """Arguments through which blocks are handed a cache to fill."""
         self._find_blocks()
@@ -45,6 +53,14 @@ class Denoiser:
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call of the transformer by their names."""
         return dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+
+    def conditioning(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by which its branch is known."""
+        told = self.named(args, kwargs)
+        return {name: value for name, value in told.items() if name in self._conditioning or self._is_new(name)}
+
+    def _is_new(self, name: str) -> bool:
+        return name not in self._names and is_conditioning(name)
 
     def prove(self, call: Callable[[], Any]) -> bool:
         """Before the first call of a class without an adapter: find blocks that reuse exactly.

@@ -102,8 +102,9 @@ def stepping(scheduler: Any, begins: bool) -> Any:
     Raises:
         SessionError: two sessions do, and neither was entered here.
     """
-    for session, run in reversed(here()):
-        if session.scheduler is scheduler:
+    for one, run in reversed(ACTIVE.get()):
+        session = one()
+        if session is not None and session.is_open and session.scheduler is scheduler:
             return session if begins or run in (0, session.run_number) else None
     found = [session for session in list(_open) if session.scheduler is scheduler]
     if len(found) > 1:

@@ -197,6 +197,9 @@ class Reuser(Part):
 
     def enter(self, call: ModelCall, inputs: Streams) -> None:
         samples = samples_of(call, self._agendas[call.expert])
+        if len(samples) == 1 and not self.storage.wants_inputs:
+            self._find_starts(call, [inputs], [()])
+            return
         parts = [[sample_of(stream, place, len(samples), call.rows) for stream in inputs] for place in range(len(samples))]
         copies = [tuple(stream.clone() for stream in part) if self.storage.wants_inputs else () for part in parts]
         self._find_starts(call, parts, copies)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 from blockdance import presence
@@ -33,11 +33,11 @@ class ScheduledSession(Session):
         super().__init__(denoisers_of(pipe))
         self.scheduler = scheduler_of(pipe)
         self._pipe = pipe
-        self._step = inspect.signature(self.scheduler.step)
+        self._step = list(inspect.signature(self.scheduler.step).parameters)
         self._clock: Clock | None = None
         self._loop: Loop | None = None
-        self._loop_functions: set[tuple[CodeType, ...]] = set()
-        self._other_functions: set[tuple[CodeType, ...]] = set()
+        self._loop_functions: set[tuple[int, ...]] = set()
+        self._other_functions: set[tuple[int, ...]] = set()
         """Of calls in this evaluation that do not seem to be the run's."""
         self._branches: list[Branches] = []
         self._calls: list[ModelCall] = []
@@ -79,9 +79,9 @@ class ScheduledSession(Session):
         if clock is None or clock.is_over:
             self._check_steps()
             return
-        given = arguments_of(self._step, args, kwargs)
         if clock.is_new and not clock.is_placed:
-            if clock.place_after_step(self.scheduler, given.get("timestep")):
+            timestep = argument_of(self._step, "timestep", args, kwargs)
+            if clock.place_after_step(self.scheduler, timestep):
                 self.resize_run(clock.num_steps)
             self.check_fit()
         if not self._order:
@@ -91,7 +91,8 @@ class ScheduledSession(Session):
         self._other_functions, self._order = set(), 0
         step = clock.end_evaluation()
         if step is not None:
-            self._end_step(step, len(given["sample"] if "sample" in given else args[0]))
+            sample = argument_of(self._step, "sample", args, kwargs)
+            self._end_step(step, len(args[0] if sample is None else sample))
         if clock.is_over:
             self.give_up_run()
 
@@ -136,19 +137,21 @@ class ScheduledSession(Session):
             self._plain_calls += 1
             return None
         site = self._loop.site(frame)
+        through = functions(site)
         if clock.is_new:
             self._place(clock, args, kwargs)
-            self._loop_functions.add(functions(site))
-        elif functions(site) not in self._loop_functions:
+            self._loop_functions.add(through)
+        elif through not in self._loop_functions:
             self._check_scheduler()
-            self._other_functions.add(functions(site))
+            self._other_functions.add(through)
             return None
         named = NAME.get()
-        arguments = {name: value for name, value in denoiser.named(args, kwargs).items() if name != denoiser.latent_name}
+        arguments = denoiser.conditioning(args, kwargs)
         name = named[1] if named is not None and named[0] == id(denoiser.transformer) else None
         branches = self._branches[expert]
         branch = branches.branch_of(branches.looks_like(name, arguments, site))
-        self._check_calls(branches)
+        if branches.most_alike > MOST:
+            self._refuse_calls(branches)
         call = self.made_call(expert, (*clock.place, branch), args, kwargs, self._order)
         self._order += 1
         self._calls.append(call)
@@ -163,14 +166,13 @@ class ScheduledSession(Session):
         if clock.is_placed:
             self.check_fit()
 
-    def _check_calls(self, branches: Branches) -> None:
-        """Raise SessionError where calls go on and on and no step ends."""
-        if branches.most_alike > MOST:
-            raise SessionError(
-                f"the transformer was called {branches.most_alike} times for one branch and pipe.scheduler was not stepped: "
-                "this pipeline steps copies of its scheduler, or none, so its steps cannot be told; "
-                "apply_block_dance(pipe.transformer, BlockDanceConfig(num_steps=...)) counts the transformer's calls instead"
-            )
+    def _refuse_calls(self, branches: Branches) -> None:
+        """Calls go on and on and no step ends."""
+        raise SessionError(
+            f"the transformer was called {branches.most_alike} times for one branch and pipe.scheduler was not stepped: "
+            "this pipeline steps copies of its scheduler, or none, so its steps cannot be told; "
+            "apply_block_dance(pipe.transformer, BlockDanceConfig(num_steps=...)) counts the transformer's calls instead"
+        )
 
     def _check_scheduler(self) -> None:
         """Raise SessionError if the pipeline has another scheduler than the one that is followed."""
@@ -182,9 +184,10 @@ class ScheduledSession(Session):
             )
 
 
-def arguments_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
-    return dict(zip(signature.parameters, args, strict=False)) | kwargs
+def argument_of(parameters: list[str], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The argument of that name; None if there is none."""
+    place = parameters.index(name) if name in parameters else len(args)
+    return args[place] if place < len(args) else kwargs.get(name)
 
 
 def depth_of(pipe: Any) -> int:

@@ -106,7 +106,9 @@ class Session:
         for part in self.parts:
             output = part.begin_call(call) if output is None else output
         if output is None:
-            lists = next((lists for part in self.parts if (lists := part.parts_of(call))), ())
+            lists: Sequence[Sequence[int]] = ()
+            for part in self.parts:
+                lists = lists or part.parts_of(call)
             output = self._run_parts(run, model, call, lists) if lists else self._run_blocks(run, model, call)
         for part in self.parts:
             part.end_call(call, output)

@@ -194,18 +194,13 @@ class Tracer(Part):
 
     def end_step(self, step: int, calls: list[ModelCall], sample_rows: int) -> None:
         now = self._mark()
-        kinds = {call.kind for call in calls} or {StepKind.FULL}
-        replayed = [call.replayed_seconds for call in calls if call.replayed_seconds is not None]
-        self.trace._finished.append(
-            FinishedStep(
-                kind=kinds.pop() if len(kinds) == 1 else StepKind.CACHE,
-                blocks_evaluated=sum(call.blocks_evaluated for call in calls),
-                blocks_total=sum(call.depth for call in calls),
-                replayed_seconds=replayed[0] if replayed else None,
-                begin=self._last,
-                end=now,
-            )
-        )
+        kind, total, replayed = StepKind.FULL, 0, None
+        evaluated: float = 0
+        for place, call in enumerate(calls):
+            kind = call.kind if not place or call.kind is kind else StepKind.CACHE
+            evaluated, total = evaluated + call.blocks_evaluated, total + call.depth
+            replayed = replayed if call.replayed_seconds is None else call.replayed_seconds
+        self.trace._finished.append(FinishedStep(kind, evaluated, total, replayed, self._last, now))
         self._last = now
 
 
