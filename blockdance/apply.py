@@ -64,6 +64,8 @@ class Progress:
     moment: Any = None
     """The timestep of its last call, as `moment_of` tells it."""
     direction: float = 0.0
+    moved: bool = False
+    """Whether its last call had another timestep than the one before."""
 
 
 class CountedSession(Session):
@@ -111,11 +113,11 @@ class CountedSession(Session):
 
     def next_call(self, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> ModelCall | None:
         denoiser, name = self.denoisers[expert], self.context.get("name")
-        site = ((id(frame.f_code), frame.f_lasti),)
-        branch = self._branches.number_of(self._branches.looks_like(name, denoiser.conditioning(args, kwargs), site))
-        repeats = branch in self._progress
+        conditioning, site = denoiser.conditioning(args, kwargs), self._caller.site(frame)
+        look = self._branches.looks_like(name, conditioning, site, denoiser.hook_mark())
+        branch = self._branches.number_of(look)
         place = self._step_of(branch, denoiser.named(args, kwargs).get("timestep")), 0, branch
-        if not self._caller.is_run(frame.f_code, repeats) and name is None:
+        if not self._caller.is_run(frame.f_code, self._progress[branch].moved) and name is None:
             return None
         return self.made_call(expert, place, args, kwargs)
 
@@ -151,6 +153,7 @@ class CountedSession(Session):
             return False
         moment, before = moment_of(timestep), progress.moment
         progress.moment = moment
+        progress.moved = before is not None and moment.since(before) != 0
         if before is None:
             return False
         change = moment.since(before)

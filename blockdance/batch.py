@@ -5,14 +5,15 @@ sample s has the rows s, s + k, and so on. A stream may have several rows for ea
 frames are rows.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SHARED = ("img_ids", "txt_ids", "image_rotary_emb")
-"""Arguments of transformers that have no rows, though their length might equal their number."""
+SHARED = re.compile(r"rope|rotary|_ids$|coords")
+"""Names of arguments of transformers that have no rows, though their length might equal their number."""
 
 LATENTS = ("x", "hidden_states")
 """What transformers call their latent."""
@@ -38,7 +39,7 @@ def arguments_for(values: dict[str, Any], chosen: Tensor, rows: int) -> dict[str
             return {inner: part(inner, one) for inner, one in value.items()}
         if type(value) in (list, tuple):
             return type(value)(part(name, one) for one in value)
-        if isinstance(value, Tensor) and name not in SHARED and value.ndim and len(value) == rows:
+        if isinstance(value, Tensor) and not SHARED.search(name) and value.ndim and len(value) == rows:
             return value[chosen.to(value.device)]
         return value
 

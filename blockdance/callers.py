@@ -47,8 +47,8 @@ def functions(site: Site) -> tuple[int, ...]:
 class MainCaller:
     """The function whose calls of the transformer are a run's, where no scheduler says when a run begins.
 
-    It is the first that calls for one branch twice, as a loop does. A callback comes in turns with it, so another function
-    takes over only when it calls again and again with none of its calls in between, as the next loop does.
+    It is the first that calls for one branch at two timesteps, as a loop does. A callback comes in turns with it, so another
+    function takes over only when it calls again and again with none of its calls in between, as the next loop does.
     """
 
     def __init__(self) -> None:
@@ -57,14 +57,20 @@ class MainCaller:
         self._other: CodeType | None = None
         self._repeats = 0
 
+    def site(self, frame: FrameType) -> Site:
+        """Of a call from `frame`; of two runs of one generator, each has its own."""
+        code = frame.f_code
+        self._codes[id(code)] = code
+        of_generator = ((id(frame), 0),) if code.co_flags & RESUMED else ()
+        return ((id(code), frame.f_lasti), *of_generator)
+
     def is_run(self, caller: CodeType, repeats: bool) -> bool:
         """Whether a call is one of a run.
 
         Args:
             caller: the function that calls.
-            repeats: whether it has called for the same branch before.
+            repeats: whether it has called for the same branch before, at another timestep.
         """
-        self._codes[id(caller)] = caller
         if self._main is None or self._main is caller:
             self._main = caller if repeats else self._main
             self._other, self._repeats = None, 0

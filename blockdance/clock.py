@@ -22,7 +22,7 @@ class Clock:
     def __init__(self, scheduler: Any, requested: int | None) -> None:
         self._places = evaluation_places(scheduler, requested)
         self._timesteps = scheduler.timesteps
-        self._at = 0
+        self._at = self._begins_at = 0
         self.is_placed = False
         """Whether it is known at which of the timesteps the run begins."""
 
@@ -57,9 +57,15 @@ class Clock:
         self.is_placed = True
         if not 0 < index < len(self._places):
             return False
+        self._begins_at = index
         first = self._places[index][0]
         self._places = [(step - first, stage) for step, stage in self._places[index:]]
         return True
+
+    @property
+    def index(self) -> int:
+        """Where the timestep of the evaluation that is on stands among the scheduler's."""
+        return self._begins_at + self._at
 
     def index_of(self, timestep: Any) -> int | None:
         """Where a timestep stands, if it is a view of the scheduler's own; its value is not looked at."""
@@ -89,15 +95,15 @@ class Moment:
     """A timestep to be compared with another one."""
 
     value: float
-    """Or its place in what it is a view of."""
+    """Or, on a GPU, its place in what it is a view of."""
     source: Tensor | None
     """What it is a view of; kept, so that nothing else gets its memory."""
+    is_place: bool = False
 
     def since(self, before: "Moment") -> float | None:
         """By how much it went up or down; None if the two are not of the same run."""
-        if (self.source is None) != (before.source is None):
-            return None
-        if self.source is not None and before.source is not None and not shares_storage(self.source, before.source):
+        both = self.source is not None and before.source is not None
+        if self.is_place != before.is_place or (both and not shares_storage(self.source, before.source)):
             return None
         return self.value - before.value
 
@@ -108,13 +114,16 @@ def moment_of(timestep: Any) -> Moment:
         return Moment(float(timestep), None)
     is_one = timestep.numel() == 1 or not any(timestep.stride())
     is_view = is_one and timestep.untyped_storage().nbytes() > timestep.element_size()
+    source = timestep if is_view else None
     if timestep.device.type != "cpu" and is_view:
-        return Moment(float(timestep.storage_offset()), timestep)
-    return Moment(float(timestep.max()), None)
+        return Moment(float(timestep.storage_offset()), source, is_place=True)
+    return Moment(float(timestep.max()), source)
 
 
-def shares_storage(ours: Tensor, theirs: Tensor) -> bool:
+def shares_storage(ours: Tensor | None, theirs: Tensor | None) -> bool:
     """Whether one is a view of the other, or both are of a third."""
+    if ours is None or theirs is None:
+        return False
     return ours.untyped_storage()._cdata == theirs.untyped_storage()._cdata
 
 

@@ -1,7 +1,8 @@
 """The transformers of a pipeline: where their blocks are."""
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import nn
@@ -61,6 +62,13 @@ class Denoiser:
 
     def _is_new(self, name: str) -> bool:
         return name not in self._names and is_conditioning(name)
+
+    def hook_mark(self) -> Hashable:
+        """Which hooks of diffusers are on which modules, where guiders put some on for a part of the calls."""
+        if "diffusers.guiders" not in sys.modules:
+            return ()
+        registries = ((name, vars(module).get("_diffusers_hook")) for name, module in self.transformer.named_modules())
+        return tuple((name, tuple(one.hooks)) for name, one in registries if one is not None and one.hooks)
 
     def prove(self, call: Callable[[], Any]) -> bool:
         """Before the first call of a class without an adapter: find blocks that reuse exactly.

@@ -23,6 +23,10 @@ class Present(Protocol):
     """Runs begun so far."""
     is_open: bool
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a run is on."""
+
     def has(self, transformer: nn.Module) -> bool:
         """Whether it is one of the session's."""
 
@@ -66,26 +70,27 @@ def here() -> list[tuple[Any, int]]:
     return [(session, run) for one, run in ACTIVE.get() if (session := one()) is not None and session.is_open]
 
 
-def opened_here(transformer: nn.Module) -> Any:
-    """The session of this context that a further part can join, if there is one."""
-    return next((session for session, _ in here() if session.has(transformer)), None)
+def opened_here(scheduler: Any) -> Any:
+    """The session of this context that follows this scheduler, which a further part can join; None if there is none."""
+    return next((session for session, _ in here() if session.scheduler is scheduler), None)
 
 
 def calling(transformer: nn.Module, arguments: tuple[Any, Any]) -> Any:
     """The session that a call of this transformer belongs to; None for a plain call.
 
     A context that knows of an older run only has been overtaken by another one of the same session; its calls are plain. One
-    that has seen no run begin, as it entered the session, may call in any.
+    that has seen no run begin, as it entered the session, may call in any. Of two sessions it is the one whose run is on.
     """
-    ours = None
+    idle = None
     for one, run in reversed(ACTIVE.get()):
         session = one()
-        if session is not None and session.is_open and session.has(transformer):
-            if run in (0, session.run_number):
+        if session is not None and session.is_open and session.has(transformer) and run in (0, session.run_number):
+            if session.is_running:
                 return session
-            ours = session
-            break
-    for session in [ours] if ours is not None else list(_open):
+            idle = idle or session
+    if idle is not None:
+        return idle
+    for session in list(_open):
         if session.has(transformer) and session.is_at(arguments):
             bind(session)
             return session

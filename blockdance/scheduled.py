@@ -10,9 +10,9 @@ from typing import Any
 from blockdance import presence
 from blockdance.branches import MOST, Branches
 from blockdance.callers import Loop, functions
-from blockdance.clock import Clock, evaluation_places
+from blockdance.clock import Clock, evaluation_places, moment_of
 from blockdance.company import check_free
-from blockdance.denoiser import denoisers_of, first_denoiser
+from blockdance.denoiser import denoisers_of
 from blockdance.errors import SessionError, UnsupportedModelError
 from blockdance.part import ModelCall, Part
 from blockdance.patch import NAME, scheduler_class, transformer_class
@@ -43,6 +43,7 @@ class ScheduledSession(Session):
         self._calls: list[ModelCall] = []
         """Of this evaluation, and those of the step before it."""
         self._order = 0
+        self._first_timestep: Any = None
         self._plain_calls = 0
         """Calls of the denoisers while no run was on, since a run was."""
 
@@ -64,7 +65,7 @@ class ScheduledSession(Session):
 
     def _begin(self) -> None:
         assert self._clock is not None
-        self._branches = [Branches(partial(self._drop, expert)) for expert in range(len(self.denoisers))]
+        self._branches = [Branches(partial(self._drop, expert), per_evaluation=True) for expert in range(len(self.denoisers))]
         self._loop_functions, self._other_functions = set(), set()
         self._calls, self._order, self._plain_calls = [], 0, 0
         self.begin_run(self._clock.num_steps)
@@ -112,7 +113,7 @@ class ScheduledSession(Session):
     def give_up_run(self) -> None:
         """Nothing more comes of the run that is on, if one is."""
         if self._loop is not None:
-            self._loop, self._branches, self._calls = None, [], []
+            self._loop, self._branches, self._calls, self._first_timestep = None, [], [], None
             for part in self.parts:
                 part.end_run(self)
 
@@ -122,6 +123,11 @@ class ScheduledSession(Session):
         self._loop = None
 
     # Its calls
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a run is on."""
+        return self._loop is not None
 
     def is_at(self, arguments: tuple[Any, Any]) -> bool:
         """Whether the timestep among them is a view of the scheduler's own."""
@@ -141,7 +147,7 @@ class ScheduledSession(Session):
         if clock.is_new:
             self._place(clock, args, kwargs)
             self._loop_functions.add(through)
-        elif through not in self._loop_functions:
+        elif through not in self._loop_functions and clock.index not in map(clock.index_of, (*args, *kwargs.values())):
             self._check_scheduler()
             self._other_functions.add(through)
             return None
@@ -149,9 +155,8 @@ class ScheduledSession(Session):
         arguments = denoiser.conditioning(args, kwargs)
         name = named[1] if named is not None and named[0] == id(denoiser.transformer) else None
         branches = self._branches[expert]
-        branch = branches.branch_of(branches.looks_like(name, arguments, site))
-        if branches.most_alike > MOST:
-            self._refuse_calls(branches)
+        branch = branches.branch_of(branches.looks_like(name, arguments, site, denoiser.hook_mark()))
+        self._check_calls(branches, denoiser.named(args, kwargs).get("timestep"))
         call = self.made_call(expert, (*clock.place, branch), args, kwargs, self._order)
         self._order += 1
         self._calls.append(call)
@@ -166,13 +171,18 @@ class ScheduledSession(Session):
         if clock.is_placed:
             self.check_fit()
 
-    def _refuse_calls(self, branches: Branches) -> None:
-        """Calls go on and on and no step ends."""
-        raise SessionError(
-            f"the transformer was called {branches.most_alike} times for one branch and pipe.scheduler was not stepped: "
-            "this pipeline steps copies of its scheduler, or none, so its steps cannot be told; "
-            "apply_block_dance(pipe.transformer, BlockDanceConfig(num_steps=...)) counts the transformer's calls instead"
-        )
+    def _check_calls(self, branches: Branches, timestep: Any) -> None:
+        """Raise SessionError where calls go on to another timestep and no step ends."""
+        if not self._order:
+            self._first_timestep = timestep
+        if branches.most_alike <= MOST or timestep is None or self._first_timestep is None:
+            return
+        if moment_of(timestep).since(moment_of(self._first_timestep)) != 0:
+            raise SessionError(
+                f"the transformer was called {branches.most_alike} times for one branch and pipe.scheduler was not stepped: "
+                "this pipeline steps copies of its scheduler, or none, so its steps cannot be told; "
+                "apply_block_dance(pipe.transformer, BlockDanceConfig(num_steps=...)) counts the transformer's calls instead"
+            )
 
     def _check_scheduler(self) -> None:
         """Raise SessionError if the pipeline has another scheduler than the one that is followed."""
@@ -218,7 +228,7 @@ def scheduler_of(pipe: Any) -> Any:
 def joined(pipe: Any, part: Part) -> Iterator[Session]:
     """Let `part` take part in the pipeline's session; the outermost caller opens it and restores everything at its end."""
     with ExitStack() as stack:
-        outer = presence.opened_here(first_denoiser(pipe))
+        outer = presence.opened_here(scheduler_of(pipe))
         session = outer or stack.enter_context(opened(pipe))
         check_company(part, session.parts)
         session.parts.append(part)

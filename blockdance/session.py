@@ -59,6 +59,11 @@ class Session:
         """Whether it is one of the denoisers'."""
         return id(transformer) in self._experts
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a run is on."""
+        return True
+
     def is_at(self, arguments: tuple[Any, Any]) -> bool:
         """Whether a call with these arguments can only be of the run that is on."""
         return False

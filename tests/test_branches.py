@@ -1,14 +1,18 @@
 """A stored output is good for its own branch of its own run, at the last cache step; every other call runs all blocks."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import pytest
 import torch
+from diffusers.guiders import SkipLayerGuidance
+from diffusers.hooks import LayerSkipConfig
 from torch import Tensor
 
 from blockdance import BlockDanceConfig, Extrapolated, ReuseConfig, Schedule, accelerate, apply_block_dance, integrate
+from blockdance.storage import Residual
 from tests.guided import MODELS, TWO, Guided
 
 REUSING = ReuseConfig(2, 1, 0.3, 1.0)
@@ -43,20 +47,23 @@ def test_a_branch_that_missed_the_last_cache_step_caches(pipe: Guided) -> None:
     assert [step.blocks_evaluated for step in trace.steps][5:9] == [depth - 2, depth, 2 * depth - 2, 2 * depth]
 
 
-@pytest.mark.parametrize("storage", [None, Extrapolated()], ids=["latest", "extrapolated"])
-def test_what_a_branch_missed_is_not_bridged_either(one_of_two: Guided, storage: Any) -> None:
-    """After its absence a branch starts from what it stored since, as a run that begins with that step would."""
-    pipe = one_of_two
+def test_what_a_branch_missed_is_not_bridged(one_of_two: Guided) -> None:
+    """It was away for the cache steps 4 and 5, so the line through what it stored at 2 and at 7 is not followed."""
+    pipe, schedule = one_of_two, Schedule.parse("fccrccrcrf", 1)
 
-    def some(step: int) -> tuple[int, ...]:
-        return (0,) if 3 <= step <= 5 else (0, 1)
+    def outputs(storage: Any) -> list[Tensor]:
+        with accelerate(pipe, schedule, storage=storage) as trace:
+            pipe(branches=lambda step: (0,) if 3 <= step <= 6 else (0, 1), after=forget)
+        assert trace.kinds == str(schedule)
+        return pipe.outputs[8]
 
-    with accelerate(pipe, Schedule.parse("fccrcrccrf", 1), storage=storage):
-        pipe(branches=some)
-    absent = [outputs[-1] for outputs in pipe.outputs]
-    with accelerate(pipe, Schedule.parse("fffrccccrf".replace("r", "f", 1), 1), storage=storage):
-        pipe(branches=some)
-    assert not any(output.isnan().any() for output in absent)
+    (latest_0, latest_1), (line_0, line_1) = outputs(None), outputs(Extrapolated())
+    assert torch.equal(latest_1, line_1) and not torch.equal(latest_0, line_0)
+
+
+def forget(pipe: Guided, step: int, latent: Tensor) -> None:
+    """The next latent does not depend on anything that ran."""
+    latent.copy_(pipe.latent(step))
 
 
 def test_a_branch_that_drops_out_leaves_its_output_to_nobody(pipe: Guided) -> None:
@@ -69,9 +76,6 @@ def test_a_branch_that_drops_out_leaves_its_output_to_nobody(pipe: Guided) -> No
         with accelerate(pipe, schedule):
             pipe(branches=lambda step: (0, 2) if step >= 4 else (0, 1, 2), after=forget)
         return pipe.outputs[4][1]
-
-    def forget(pipe: Guided, step: int, latent: Tensor) -> None:
-        latent.copy_(pipe.latent(step))  # so that the latents do not depend on the texts
 
     assert torch.equal(third(1), third(77))
 
@@ -87,20 +91,23 @@ def test_branches_may_come_in_another_order(one_of_two: Guided) -> None:
 
 
 def test_a_name_tells_branches_of_one_text_apart() -> None:
+    """Both have the same arguments but the latent; at step 3, a reuse step, the first is left out."""
     pipe = Guided(next(tiny for tiny in TWO if tiny.name == "WanTransformer3DModel"))
-    pipe.conditions = [pipe.conditions[0]] * 2
-    predict, names = pipe.predict, iter("abababab" + "ab")
+    pipe.conditions = [pipe.conditions[0], dict(pipe.conditions[0])]
+    predict = pipe.predict
 
     def named(latent: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
-        name = next(names)
-        with pipe.transformer.cache_context(name):
-            return predict(latent if name == "a" else -latent, timestep, condition)
+        is_first = condition is pipe.conditions[0]
+        with pipe.transformer.cache_context("first" if is_first else "second"):
+            return predict(latent if is_first else -latent, timestep, condition)
 
     pipe.predict = named  # type: ignore[method-assign]
-    with accelerate(pipe, Schedule.parse("fccrr", 1)) as trace:
-        pipe(steps=5, branches=lambda step: (0, 1))
-    assert trace.kinds == "fccrr"
-    assert not torch.equal(*pipe.outputs[3])
+    with accelerate(pipe, Schedule.parse("fccrf", 1)) as trace:
+        pipe(steps=5)
+        first, second = pipe.outputs[3]
+        pipe(steps=5, branches=lambda step: (1,) if step == 3 else (0, 1))
+    assert trace.kinds == "fccrf"
+    assert torch.equal(pipe.outputs[3][0], second) and not torch.equal(first, second)
 
 
 def test_texts_made_anew_for_every_call_are_known_by_their_values(one_of_two: Guided) -> None:
@@ -161,14 +168,13 @@ def with_enable_cache(pipe: Guided) -> Any:
         yield
 
 
+Face = Callable[[Guided], AbstractContextManager[Any]]
 FACES = [with_accelerate, with_apply, with_enable_cache]
 
 
 @pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
 @pytest.mark.parametrize("same_text", [True, False], ids=["its text", "another text"])
-def test_a_preview_in_a_callback_neither_takes_nor_gives(
-    one_of_two: Guided, face: Callable[[Guided], AbstractContextManager[Any]], same_text: bool
-) -> None:
+def test_a_preview_in_a_callback_neither_takes_nor_gives(one_of_two: Guided, face: Face, same_text: bool) -> None:
     pipe, previews = one_of_two, []
     with face(pipe):
         expected = pipe()
@@ -188,9 +194,7 @@ def test_a_preview_in_a_callback_neither_takes_nor_gives(
 
 
 @pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
-def test_calls_before_and_after_a_run_are_plain_and_change_nothing(
-    one_of_two: Guided, face: Callable[[Guided], AbstractContextManager[Any]]
-) -> None:
+def test_calls_before_and_after_a_run_are_plain_and_change_nothing(one_of_two: Guided, face: Face) -> None:
     pipe = one_of_two
     with face(pipe):
         expected = pipe()
@@ -248,9 +252,9 @@ def test_a_pipeline_that_shares_the_transformer_is_left_plain_in_the_middle_of_a
 # What is stored
 
 
-@pytest.mark.parametrize("storage", [None, Extrapolated()], ids=["latest", "extrapolated"])
-def test_a_block_that_writes_into_its_output_later_spoils_nothing(one_of_two: Guided, storage: Any) -> None:
-    """Block i + 1 overwrites the tensor that block i put out, as blocks that work in place do."""
+@pytest.mark.parametrize("storage", [None, Extrapolated(), Residual()], ids=["latest", "extrapolated", "residual"])
+def test_a_block_that_writes_into_what_it_is_given_spoils_nothing(one_of_two: Guided, storage: Any) -> None:
+    """As blocks do that work in place: the tensor that block i put out, and the one that the first block was given."""
     pipe = one_of_two
 
     def run() -> Tensor:
@@ -259,20 +263,185 @@ def test_a_block_that_writes_into_its_output_later_spoils_nothing(one_of_two: Gu
 
     expected = run()
     blocks = pipe.transformer.blocks if hasattr(pipe.transformer, "blocks") else pipe.transformer.transformer_blocks
-    forward = blocks[2].forward
+    for index in (0, 2):
+        forward = blocks[index].forward
 
-    def in_place(*args: Any, **kwargs: Any) -> Any:
-        result = forward(*args, **kwargs)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3 and value.shape[0] == 1:
-                value.zero_()
-        return result
+        def in_place(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            returned = forward(*args, **kwargs)
+            (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).zero_()
+            return returned
 
-    assert not torch.equal(expected, pipe())
-    before = [condition.copy() for condition in pipe.conditions]
-    blocks[2].forward = in_place
-    pipe.conditions = before
-    spoilt = run()
-    assert spoilt.isfinite().all()
-    again = run()
-    assert torch.equal(spoilt, again)
+        blocks[index].forward = in_place
+    assert torch.equal(expected, run())
+
+
+# What a fresh pair of eyes broke
+
+
+@pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
+@pytest.mark.parametrize("start", [0.0, 0.2], ids=["from the start", "later"])
+def test_a_guider_that_skips_layers_has_a_branch_of_its_own(face: Face, start: float) -> None:
+    """Its third call has the text of the first, the same line and no name; only the hooks on the model tell.
+
+    With the same latent and timestep on every step, each branch must have the same output on every step, full or reused.
+    """
+    pipe = Guided(next(tiny for tiny in TWO if tiny.name == "WanTransformer3DModel"))
+    guider = SkipLayerGuidance(
+        guidance_scale=5.0, skip_layer_config=LayerSkipConfig(indices=[3], fqn="blocks"), skip_layer_guidance_start=start,
+        skip_layer_guidance_stop=1.0,
+    )  # fmt: skip
+    texts = tuple(condition["encoder_hidden_states"] for condition in pipe.conditions)
+    outputs: dict[str, list[Tensor]] = {}
+    latent, moment = pipe.latent(), torch.full((1,), 500.0)
+    with torch.no_grad(), face(pipe) as trace:
+        pipe.scheduler.set_timesteps(10)
+        for step, timestep in enumerate(pipe.scheduler.timesteps):
+            guider.set_state(step=step, num_inference_steps=10, timestep=timestep)
+            for state in guider.prepare_inputs({"encoder_hidden_states": texts}):
+                guider.prepare_models(pipe.transformer)
+                inputs = {"hidden_states": latent, "encoder_hidden_states": state.encoder_hidden_states, "timestep": moment}
+                output = pipe.transformer(**inputs, return_dict=False)[0]
+                guider.cleanup_models(pipe.transformer)
+                outputs.setdefault(state.__guidance_identifier__, []).append(output)
+            pipe.scheduler.step(output, timestep, latent)
+    assert len(outputs) == 3 and len({len(several) for several in outputs.values()}) > 1
+    assert all(torch.equal(several[0], one) for several in outputs.values() for one in several)
+    assert len({several[0].sum().item() for several in outputs.values()}) == 3
+    assert trace is None or trace.kinds == KINDS
+
+
+def test_more_texts_a_step_than_usual_are_all_reused(one_of_two: Guided) -> None:
+    pipe = Guided(one_of_two.tiny, texts=12)
+    with accelerate(pipe, REUSING) as trace:
+        pipe()
+    assert trace.kinds == KINDS
+
+
+def test_many_calls_of_one_text_a_step_are_as_many_branches(one_of_two: Guided) -> None:
+    pipe = one_of_two
+    with accelerate(pipe, REUSING) as trace:
+        pipe(branches=lambda _: (0,) * 12)
+    assert trace.kinds == KINDS
+
+
+def test_guidance_by_a_function_of_its_own_may_begin_late(one_of_two: Guided) -> None:
+    pipe = one_of_two
+    predict, calls = pipe.predict, [0]
+
+    def guidance(latent: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        inputs = {pipe.tiny.latent: latent, "timestep": timestep.expand(1)}
+        output: Tensor = pipe.transformer(**condition | inputs, return_dict=False)[0]
+        return output
+
+    def by_two(latent: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        calls[0] += 1
+        return (predict if condition is pipe.conditions[0] else guidance)(latent, timestep, condition)
+
+    pipe.predict = by_two  # type: ignore[method-assign]
+    with accelerate(pipe, REUSING) as trace:
+        pipe(branches=lambda step: (0, 1) if step >= 3 else (0,))
+    depth = pipe.tiny.num_blocks
+    assert trace.kinds == KINDS
+    assert [step.blocks_total for step in trace.steps] == [depth] * 3 + [2 * depth] * 7
+
+
+def test_a_callback_that_calls_again_and_again_does_not_become_the_run(one_of_two: Guided) -> None:
+    pipe = one_of_two
+    with with_apply(pipe):
+        expected = pipe()
+
+    def previews(pipe: Guided, step: int, latent: Tensor) -> None:
+        for _ in range(5):
+            inputs = {pipe.tiny.latent: latent, "timestep": pipe.scheduler.timesteps[step].expand(1)}
+            seen.append((latent, pipe.transformer(**pipe.conditions[0] | inputs, return_dict=False)[0], step))
+
+    seen: list[tuple[Tensor, Tensor, int]] = []
+    with with_apply(pipe):
+        assert torch.equal(expected, pipe(after=previews))
+    with torch.no_grad():
+        for latent, output, step in seen[5:]:
+            assert torch.equal(output, plainly(pipe, latent, pipe.scheduler.timesteps[step], pipe.conditions[0]))
+
+
+@pytest.mark.parametrize("stop", [0, 2, 5])
+def test_applied_a_run_that_was_cancelled_leaves_nothing_to_one_that_begins_later(one_of_two: Guided, stop: int) -> None:
+    pipe = Direct(one_of_two.tiny)
+
+    class Stop(Exception):
+        pass
+
+    def cancel(pipe: Guided, step: int, latent: Tensor) -> None:
+        if step == stop:
+            raise Stop
+
+    applied = apply_block_dance(pipe.transformer, BlockDanceConfig(2, 1, 0, 1))
+    expected = pipe(first=5, seed=3)
+    applied.remove()
+    applied = apply_block_dance(pipe.transformer, BlockDanceConfig(2, 1, 0, 1))
+    with pytest.raises(Stop):
+        pipe(after=cancel, seed=4)
+    assert torch.equal(expected, pipe(first=5, seed=3))
+    applied.remove()
+
+
+class Direct(Guided):
+    """Hands the scheduler's own timestep on."""
+
+    def predict(self, latent: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        inputs = {self.tiny.latent: latent, "timestep": timestep.expand(1)}
+        output: Tensor = self.transformer(**condition | inputs, return_dict=False)[0]
+        return output
+
+
+def test_two_generators_in_turns_have_a_run_each(one_of_two: Guided) -> None:
+    pipe = one_of_two
+
+    def steps(seed: int) -> Iterator[Tensor]:
+        latent = pipe.latent(seed)
+        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler.set_timesteps(6)
+        for timestep in scheduler.timesteps:
+            inputs = {pipe.tiny.latent: latent, "timestep": timestep.expand(1)}
+            with torch.no_grad():
+                output = pipe.transformer(**pipe.conditions[0] | inputs, return_dict=False)[0]
+            latent = scheduler.step(output, timestep, latent, return_dict=False)[0]
+            yield latent
+
+    def applied(*seeds: int) -> list[Tensor]:
+        handle = apply_block_dance(pipe.transformer, BlockDanceConfig(2, 1, 0, 1))
+        latents = list(zip(*(steps(seed) for seed in seeds), strict=True))[-1]
+        handle.remove()
+        return list(latents)
+
+    assert all(map(torch.equal, applied(1, 2), [*applied(1), *applied(2)]))
+
+
+def test_a_text_written_in_inference_mode_is_noticed(one_of_two: Guided) -> None:
+    pipe = one_of_two
+
+    def write(pipe: Guided, step: int, latent: Tensor) -> None:
+        if step == 3:
+            pipe.conditions[1]["encoder_hidden_states"].mul_(2)
+
+    with torch.inference_mode():
+        pipe.conditions = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in one.items()} for one in pipe.conditions]
+        with accelerate(pipe, REUSING) as trace:
+            pipe(after=write)
+    assert trace.kinds == "fffcccrcrc"
+
+
+def test_two_pipelines_with_one_transformer_may_both_be_in_force(one_of_two: Guided) -> None:
+    pipe = one_of_two
+    twin = copy.copy(pipe)
+    twin.scheduler = copy.deepcopy(pipe.scheduler)
+    other = ReuseConfig(3, 0, 0.2, 1.0)
+    with accelerate(pipe, REUSING):
+        expected = pipe()
+    with accelerate(twin, other):
+        theirs = twin(seed=2)
+    pictures = []
+    with accelerate(pipe, REUSING) as trace, accelerate(twin, other) as its_trace:
+        assert torch.equal(expected, pipe(after=lambda *_: pictures.append(twin(seed=2))))
+        assert torch.equal(theirs, twin(seed=2))
+    assert trace.kinds == KINDS and its_trace.kinds == "ffcrrcrrcr"
+    assert all(torch.equal(theirs, picture) for picture in pictures)
