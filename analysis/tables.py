@@ -58,10 +58,18 @@ def render(records: Sequence[Record], results: str) -> str:
     """
     host = [record for record in records if record["bench"] == "host"]
     boxed = [record for record in records if record["bench"] != "host"]
-    parts = render_boxed(boxed, results) if boxed or not host else []
+    parts = [part for group in by_machine(boxed) for part in render_boxed(group, results)] if boxed or not host else []
     if host:
         parts += [tables_host.caption(host), table(tables_host.HEAD, tables_host.rows(host))]
     return "\n\n".join(parts)
+
+
+def by_machine(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of the model, and apart from them those of the page if these were measured elsewhere."""
+    page = [record for record in records if record["bench"] in PAGE]
+    model = [record for record in records if record["bench"] not in PAGE]
+    elsewhere = bool(page and model) and any(page[0].get(name) != model[0].get(name) for name in ("machine", "versions"))
+    return [model, page] if elsewhere else [list(records)]
 
 
 def render_boxed(records: Sequence[Record], results: str) -> list[str]:
@@ -196,6 +204,10 @@ ROWS: dict[str, Callable[[Record], list[list[str]]]] = {
     "visitors": visitors_rows,
     "cache": cache_rows,
 }
+
+
+PAGE = ("app", "visitors")
+"""Benches of the page, which take longest and may be measured at another time."""
 
 
 def percent(ratio: float) -> str:

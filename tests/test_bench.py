@@ -12,7 +12,7 @@ from analysis import bench_app, bench_visitors
 from analysis.bench import MAX_REPEATS, REQUEST, control_steps, cutoffs, mean_difference, speedup_figures
 from analysis.records import BenchError, kept, read_records, write_records
 from analysis.stopwatch import interleaved, paired_ratios, spread
-from analysis.tables import BEGIN, END, between_markers, render, table, update_readme
+from analysis.tables import PAGE, BEGIN, END, between_markers, render, table, update_readme
 from blockdance import ReuseConfig, fixed_schedule
 
 ORIGIN = {
@@ -189,6 +189,15 @@ def test_a_table_of_only_some_benches_leaves_the_others_out() -> None:
 def test_records_of_different_origin_do_not_share_a_table(name: str) -> None:
     with pytest.raises(BenchError, match=f"the records differ in {name}"):
         render([SPEEDUP, OTHERS[0] | {name: "another"}], "bench.jsonl")
+
+
+def test_the_page_may_be_measured_on_a_machine_of_its_own() -> None:
+    page = [record for record in OTHERS if record["bench"] in PAGE]
+    model = [SPEEDUP, *(record for record in OTHERS if record["bench"] not in PAGE)]
+    another = {"machine": SPEEDUP["machine"] | {"cpu": "Another"}}
+    text = render([*model, *(record | another for record in page)], "bench.jsonl")
+    first, second = text.split("Measured on Another")
+    assert "+0.50 %" in first and "1280 MiB" not in first and "1280 MiB" in second and "+0.50 %" not in second
 
 
 def test_no_records_make_no_table() -> None:
