@@ -66,8 +66,8 @@ def render(records: Sequence[Record], results: str) -> str:
 
 def by_machine(records: Sequence[Record]) -> list[list[Record]]:
     """The records of the model, and apart from them those of the page if these were measured elsewhere."""
-    page = [record for record in records if record["bench"] in PAGE]
-    model = [record for record in records if record["bench"] not in PAGE]
+    page = [record for record in records if record["bench"] in OF_THE_PAGE]
+    model = [record for record in records if record["bench"] not in OF_THE_PAGE]
     elsewhere = bool(page and model) and any(page[0].get(name) != model[0].get(name) for name in ("machine", "versions"))
     return [model, page] if elsewhere else [list(records)]
 
@@ -206,7 +206,7 @@ ROWS: dict[str, Callable[[Record], list[list[str]]]] = {
 }
 
 
-PAGE = ("app", "visitors")
+OF_THE_PAGE = ("app", "visitors")
 """Benches of the page, which take longest and may be measured at another time."""
 
 

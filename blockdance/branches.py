@@ -69,7 +69,7 @@ class Conditionings:
 def written(tensor: Tensor) -> float:
     """Another number after somebody wrote into a tensor.
 
-    Of those of `torch.inference_mode` nobody counts the writes. On the CPU it is their sum; on a GPU, which is not waited for, 0.
+    Of those of `torch.inference_mode` nobody counts the writes: on the CPU it is their sum, on a GPU, not waited for, 0.
     """
     if not tensor.is_inference():
         return tensor._version

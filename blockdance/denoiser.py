@@ -1,7 +1,6 @@
 """The transformers of a pipeline: where their blocks are."""
 
 import re
-import sys
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,6 +13,8 @@ FURTHER = re.compile(r"^(unconditional_)?transformer(_\d+)?$")
 """Names by which pipelines hold further denoisers: the low-noise expert of Wan 2.2, the unconditional one of others."""
 
 KV_CACHE = "kv_cache"
+HOOKS = "_diffusers_hook"
+"""The attribute by which diffusers keeps a module's hooks."""
 CHANGES_EVERY_STEP = re.compile(r"timestep|sigma|latent|controlnet|^t$|^r$|^x$|(?<!encoder_)hidden_states$")
 """Names of arguments that say where a run is, and not what it is about."""
 
@@ -40,6 +41,7 @@ class Denoiser:
     def _find_blocks(self) -> None:
         self.blocks = blocks_of(self.transformer, self.stack)
         self.index_of = {id(block.module): index for index, block in enumerate(self.blocks)}
+        self.find_hooks()
 
     @property
     def num_blocks(self) -> int:
@@ -63,12 +65,17 @@ class Denoiser:
     def _is_new(self, name: str) -> bool:
         return name not in self._names and is_conditioning(name)
 
+    def find_hooks(self) -> None:
+        """Look for modules that diffusers' hooks were ever put on."""
+        self._hooked = [(name, module) for name, module in self.transformer.named_modules() if HOOKS in vars(module)]
+        self._unhooked = [vars(block.module) for block in self.blocks if HOOKS not in vars(block.module)]
+
     def hook_mark(self) -> Hashable:
-        """Which hooks of diffusers are on which modules, where guiders put some on for a part of the calls."""
-        if "diffusers.guiders" not in sys.modules:
-            return ()
-        registries = ((name, vars(module).get("_diffusers_hook")) for name, module in self.transformer.named_modules())
-        return tuple((name, tuple(one.hooks)) for name, one in registries if one is not None and one.hooks)
+        """Which hooks are on which modules now; guiders that skip layers put them on for a part of the calls."""
+        if any(HOOKS in attributes for attributes in self._unhooked):
+            self.find_hooks()
+        hooks = [(name, tuple(vars(module)[HOOKS].hooks)) for name, module in self._hooked]
+        return tuple([(name, several) for name, several in hooks if several])
 
     def prove(self, call: Callable[[], Any]) -> bool:
         """Before the first call of a class without an adapter: find blocks that reuse exactly.

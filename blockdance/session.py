@@ -72,6 +72,7 @@ class Session:
         """A run of that many steps begins here."""
         for denoiser in self.denoisers:
             check_free(denoiser.transformer)
+            denoiser.find_hooks()
         self.num_steps, self.steps_done, self.calls_made = num_steps, 0, 0
         self.run_number += 1
         presence.bind(self)

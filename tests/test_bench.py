@@ -12,7 +12,7 @@ from analysis import bench_app, bench_visitors
 from analysis.bench import MAX_REPEATS, REQUEST, control_steps, cutoffs, mean_difference, speedup_figures
 from analysis.records import BenchError, kept, read_records, write_records
 from analysis.stopwatch import interleaved, paired_ratios, spread
-from analysis.tables import PAGE, BEGIN, END, between_markers, render, table, update_readme
+from analysis.tables import BEGIN, END, OF_THE_PAGE, between_markers, render, table, update_readme
 from blockdance import ReuseConfig, fixed_schedule
 
 ORIGIN = {
@@ -192,9 +192,9 @@ def test_records_of_different_origin_do_not_share_a_table(name: str) -> None:
 
 
 def test_the_page_may_be_measured_on_a_machine_of_its_own() -> None:
-    page = [record for record in OTHERS if record["bench"] in PAGE]
-    model = [SPEEDUP, *(record for record in OTHERS if record["bench"] not in PAGE)]
-    another = {"machine": SPEEDUP["machine"] | {"cpu": "Another"}}
+    page = [record for record in OTHERS if record["bench"] in OF_THE_PAGE]
+    model = [SPEEDUP, *(record for record in OTHERS if record["bench"] not in OF_THE_PAGE)]
+    another: Record = {"machine": ORIGIN["machine"] | {"cpu": "Another"}}  # type: ignore[operator]
     text = render([*model, *(record | another for record in page)], "bench.jsonl")
     first, second = text.split("Measured on Another")
     assert "+0.50 %" in first and "1280 MiB" not in first and "1280 MiB" in second and "+0.50 %" not in second
