@@ -10,7 +10,7 @@ import pytest
 from analysis import __main__ as command
 from analysis import bench_app, bench_visitors
 from analysis.bench import MAX_REPEATS, REQUEST, control_steps, cutoffs, mean_difference, speedup_figures
-from analysis.records import BenchError, kept, read_records, write_records
+from analysis.records import BenchError, Record, kept, read_records, write_records
 from analysis.stopwatch import interleaved, paired_ratios, spread
 from analysis.tables import BEGIN, END, OF_THE_PAGE, between_markers, render, table, update_readme
 from blockdance import ReuseConfig, fixed_schedule
