@@ -25,6 +25,9 @@ def accelerate(
 ) -> Iterator[Trace]:
     """Run the unmodified pipeline inside with BlockDance; leaving restores it exactly, whatever happened inside.
 
+    In force wherever the pipeline is called while it is open, also in other threads and contexts. Calls of the transformer that
+    are not the run's are plain. If nothing was reused of what was asked for, the trace's note says why and a warning is given.
+
     Args:
         pipe: a diffusers pipeline with a supported transformer; call it inside as usual, any number of times.
         config: a `ReuseConfig`; a `Schedule` of as many steps as the run will have; a list of such, one for each sample of the
@@ -35,7 +38,6 @@ def accelerate(
         replay: a baseline from `record`, made with the same call; its outputs stand in for the steps before the
             first reuse, and the result has the same bits as a full run.
         on_step: called with (finished step, number of steps); raise from it to cancel.
-
         compiled: options of `torch.compile` for the whole forward, as `{"mode": "reduce-overhead"}`: one graph for calls of all
             blocks, and one for each tail. By default the forward runs as it is.
 
@@ -47,7 +49,8 @@ def accelerate(
         PolicyError: the policy was trained for another model.
         UnsupportedModelError: no adapter for the transformer, or no scheduler to count steps by.
         ScheduleError: the cutoff does not fit the depth, or the schedule not the number of steps or samples.
-        SessionError: the pipeline is accelerated already, or the recording belongs to another model or call.
+        SessionError: the pipeline is accelerated already, another cache is on, its scheduler was replaced or only copies of it
+            are stepped, or the recording belongs to another model or call.
     """
     check_kind(config)
     trace = Trace(num_blocks=0)

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -106,7 +105,7 @@ class Block:
         beside = [name.startswith(BESIDE_THE_IMAGE) or name == "c" for name in self.streams]
         return min(range(len(self.streams)), key=lambda stream: (beside[stream], self.places[stream]))
 
-    @cached_property
+    @property
     def is_single(self) -> bool:
         """Whether there is one stream alone."""
         return len(self.streams) == 1

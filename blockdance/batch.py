@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHARED = re.compile(r"rope|rotary|_ids$|coords")
+SHARED = re.compile(r"^(img|txt)_ids$|rope|rotary")
 """Names of arguments of transformers that have no rows, though their length might equal their number."""
 
 LATENTS = ("x", "hidden_states")

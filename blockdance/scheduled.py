@@ -228,7 +228,7 @@ def scheduler_of(pipe: Any) -> Any:
 def joined(pipe: Any, part: Part) -> Iterator[Session]:
     """Let `part` take part in the pipeline's session; the outermost caller opens it and restores everything at its end."""
     with ExitStack() as stack:
-        outer = presence.opened_here(scheduler_of(pipe))
+        outer = presence.opened_here(getattr(pipe, "scheduler", None))
         session = outer or stack.enter_context(opened(pipe))
         check_company(part, session.parts)
         session.parts.append(part)

@@ -226,7 +226,8 @@ def test_an_extra_call_by_the_loop_itself_leaves_the_picture_alone(one_of_two: G
     assert torch.equal(twice, pipe.outputs[6][0])
 
 
-def test_a_pipeline_that_shares_the_transformer_is_left_plain_in_the_middle_of_a_run(pipe: Guided) -> None:
+def test_a_pipeline_that_shares_the_transformer_is_left_plain_in_the_middle_of_a_run(one_of_two: Guided) -> None:
+    pipe = one_of_two
     twin = Guided(pipe.tiny)
     twin.transformer = pipe.transformer
     plain = twin(seed=7)

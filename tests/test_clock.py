@@ -212,7 +212,8 @@ class Slotted:
         return self.inner.step(*args, **kwargs)
 
 
-def test_a_scheduler_behind_a_proxy_is_followed(pipe: Guided) -> None:
+def test_a_scheduler_behind_a_proxy_is_followed(one_of_two: Guided) -> None:
+    pipe = one_of_two
     with accelerate(pipe, REUSING):
         expected = pipe()
     inner = type(pipe.scheduler)

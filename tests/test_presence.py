@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockdance import ReuseConfig, SessionError, accelerate, observe, record
 from blockdance.patch import ACTIVE
-from tests.guided import MODELS, Guided
+from tests.guided import MODELS, TWO, Guided
 
 REUSING = ReuseConfig(2, 1, 0.3, 1.0)
 KINDS = "fffcrcrcrc"
@@ -22,6 +22,11 @@ Result = TypeVar("Result")
 
 @pytest.fixture(params=MODELS, ids=lambda tiny: tiny.name)
 def pipe(request: pytest.FixtureRequest) -> Guided:
+    return Guided(request.param)
+
+
+@pytest.fixture(params=TWO, ids=lambda tiny: tiny.name)
+def one_of_two(request: pytest.FixtureRequest) -> Guided:
     return Guided(request.param)
 
 
@@ -64,7 +69,8 @@ def test_a_streaming_handler_is_accelerated_and_leaves_in_peace(pipe: Guided) ->
     assert type(pipe.transformer) is before and ACTIVE.get() == ()
 
 
-def test_a_handler_that_streams_every_step_is_accelerated(pipe: Guided) -> None:
+def test_a_handler_that_streams_every_step_is_accelerated(one_of_two: Guided) -> None:
+    pipe = one_of_two
     expected = accelerated(pipe)
 
     @torch.no_grad()
@@ -88,7 +94,8 @@ def test_a_handler_that_streams_every_step_is_accelerated(pipe: Guided) -> None:
     stream.close()  # type: ignore[attr-defined]
 
 
-def test_a_worker_thread_is_accelerated(pipe: Guided) -> None:
+def test_a_worker_thread_is_accelerated(one_of_two: Guided) -> None:
+    pipe = one_of_two
     expected = accelerated(pipe)
     with accelerate(pipe, REUSING) as trace, ThreadPoolExecutor(1) as threads:
         assert torch.equal(threads.submit(pipe).result(), expected)
@@ -107,7 +114,8 @@ def test_observe_and_record_follow_a_worker_thread_too(wan: Guided, face: Callab
         assert here.outputs.keys() == there.outputs.keys() and len(here.outputs) == 20
 
 
-def test_two_visitors_with_streams_never_see_each_other(pipe: Guided) -> None:
+def test_two_visitors_with_streams_never_see_each_other(one_of_two: Guided) -> None:
+    pipe = one_of_two
     twin, other = twin_of(pipe), ReuseConfig(3, 0, 0.0, 1.0)
     expected = accelerated(pipe, seed=1)
     with accelerate(twin, other):
@@ -132,8 +140,9 @@ def test_two_streams_on_one_scheduler_are_refused_rather_than_mixed(wan: Guided)
     assert torch.equal(accelerated(wan), accelerated(wan))
 
 
-def test_a_plain_visitor_stays_plain_while_others_run(pipe: Guided) -> None:
+def test_a_plain_visitor_stays_plain_while_others_run(one_of_two: Guided) -> None:
     """In the middle of an accelerated run, another thread draws with the same transformer and a scheduler of its own."""
+    pipe = one_of_two
     twin = twin_of(pipe)
     plain, expected, pictures = twin(seed=5), accelerated(pipe), []
 
@@ -180,7 +189,8 @@ def test_leaving_in_another_context_never_raises(wan: Guided) -> None:
     assert ACTIVE.get() == ()
 
 
-def test_a_context_that_outlives_the_session_is_plain(pipe: Guided) -> None:
+def test_a_context_that_outlives_the_session_is_plain(one_of_two: Guided) -> None:
+    pipe = one_of_two
     plain = pipe()
     with accelerate(pipe, REUSING):
         inherited = contextvars.copy_context()
