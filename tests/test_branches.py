@@ -13,20 +13,10 @@ from torch import Tensor
 
 from blockdance import BlockDanceConfig, Extrapolated, ReuseConfig, Schedule, accelerate, apply_block_dance, integrate
 from blockdance.storage import Residual
-from tests.guided import MODELS, TWO, Guided
+from tests.guided import TWO, Guided
 
 REUSING = ReuseConfig(2, 1, 0.3, 1.0)
 KINDS = "fffcrcrcrc"
-
-
-@pytest.fixture(params=MODELS, ids=lambda tiny: tiny.name)
-def pipe(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
-
-
-@pytest.fixture(params=TWO, ids=lambda tiny: tiny.name)
-def one_of_two(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
 
 
 def plainly(pipe: Guided, latent: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:

@@ -31,16 +31,6 @@ KINDS = "fffcrcrcrc"
 BY_NAME = {tiny.name: tiny for tiny in MODELS}
 
 
-@pytest.fixture(params=MODELS, ids=lambda tiny: tiny.name)
-def pipe(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
-
-
-@pytest.fixture(params=TWO, ids=lambda tiny: tiny.name)
-def one_of_two(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
-
-
 def words(seed: int) -> Tensor:
     return torch.randn(1, TEXT, WIDTH, generator=torch.Generator().manual_seed(seed))
 

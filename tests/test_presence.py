@@ -13,21 +13,11 @@ from torch import Tensor
 
 from blockdance import ReuseConfig, SessionError, accelerate, observe, record
 from blockdance.patch import ACTIVE
-from tests.guided import MODELS, TWO, Guided
+from tests.guided import MODELS, Guided
 
 REUSING = ReuseConfig(2, 1, 0.3, 1.0)
 KINDS = "fffcrcrcrc"
 Result = TypeVar("Result")
-
-
-@pytest.fixture(params=MODELS, ids=lambda tiny: tiny.name)
-def pipe(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
-
-
-@pytest.fixture(params=TWO, ids=lambda tiny: tiny.name)
-def one_of_two(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
 
 
 @pytest.fixture

@@ -13,19 +13,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from blockdance import ReuseConfig, accelerate
 from blockdance.swap import Swapped, is_swapped, original_class
-from tests.guided import MODELS, TWO, Guided
+from tests.guided import Guided
 
 REUSING = ReuseConfig(2, 1, 0.3, 1.0)
-
-
-@pytest.fixture(params=MODELS, ids=lambda tiny: tiny.name)
-def pipe(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
-
-
-@pytest.fixture(params=TWO, ids=lambda tiny: tiny.name)
-def one_of_two(request: pytest.FixtureRequest) -> Guided:
-    return Guided(request.param)
 
 
 def blocks_of(pipe: Guided) -> Any:
