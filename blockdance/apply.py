@@ -181,7 +181,6 @@ class Applied:
         self.config = config
         self._transformer = transformer
         self._of_thread = threading.local()
-        self._is_checked = False
         self._swaps = ExitStack()
         self.session()
         swap_for(self._swaps, transformer, applied_class(self))

@@ -20,7 +20,7 @@ class Clock:
     """
 
     def __init__(self, scheduler: Any, requested: int | None) -> None:
-        self._places = evaluation_places(scheduler, requested)
+        self._all_places = self._places = evaluation_places(scheduler, requested)
         self._timesteps = scheduler.timesteps
         self._at = self._begins_at = 0
         self.is_placed = False
@@ -55,11 +55,11 @@ class Clock:
     def begin_at(self, index: int) -> bool:
         """The run begins at this place of the timesteps, as image-to-image does. Returns whether that was news."""
         self.is_placed = True
-        if not 0 < index < len(self._places):
+        if index == self._begins_at or not 0 <= index < len(self._all_places):
             return False
         self._begins_at = index
-        first = self._places[index][0]
-        self._places = [(step - first, stage) for step, stage in self._places[index:]]
+        first = self._all_places[index][0]
+        self._places = [(step - first, stage) for step, stage in self._all_places[index:]]
         return True
 
     @property
@@ -71,8 +71,7 @@ class Clock:
         """Where a timestep stands, if it is a view of the scheduler's own; its value is not looked at."""
         if not isinstance(timestep, Tensor) or not isinstance(self._timesteps, Tensor):
             return None
-        is_one = timestep.numel() == 1 or not any(timestep.stride())
-        if not is_one or not shares_storage(timestep, self._timesteps):
+        if not is_one_value(timestep) or not shares_storage(timestep, self._timesteps):
             return None
         index = int(timestep.storage_offset() - self._timesteps.storage_offset())
         return index if 0 <= index < len(self._timesteps) else None
@@ -112,12 +111,16 @@ def moment_of(timestep: Any) -> Moment:
     """On a GPU a view of the scheduler's timesteps is known by its place; any other is read, which waits for the GPU."""
     if not isinstance(timestep, Tensor):
         return Moment(float(timestep), None)
-    is_one = timestep.numel() == 1 or not any(timestep.stride())
-    is_view = is_one and timestep.untyped_storage().nbytes() > timestep.element_size()
+    is_view = is_one_value(timestep) and timestep.untyped_storage().nbytes() > timestep.element_size()
     source = timestep if is_view else None
     if timestep.device.type != "cpu" and is_view:
         return Moment(float(timestep.storage_offset()), source, is_place=True)
     return Moment(float(timestep.max()), source)
+
+
+def is_one_value(timestep: Tensor) -> bool:
+    """Whether it is one number, perhaps expanded to all rows."""
+    return timestep.numel() == 1 or not any(timestep.stride())
 
 
 def shares_storage(ours: Tensor | None, theirs: Tensor | None) -> bool:

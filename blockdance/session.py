@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from blockdance import presence
-from blockdance.adapters import Stack
 from blockdance.batch import arguments_for, rows_of, together
 from blockdance.company import check_free
 from blockdance.denoiser import Denoiser
@@ -44,11 +43,6 @@ class Session:
     def transformer(self) -> nn.Module:
         """The first denoiser's."""
         return self.denoisers[0].transformer
-
-    @property
-    def stack(self) -> Stack:
-        """The first denoiser's."""
-        return self.denoisers[0].stack
 
     @property
     def num_blocks(self) -> int:

@@ -22,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from blockdance import ReuseConfig, Schedule, ScheduleError, SessionError, UnsupportedModelError, accelerate, observe, record
-from blockdance.clock import evaluation_places
+from blockdance.clock import Clock, evaluation_places
 from tests.guided import MODELS, TWO, Guided
 from tests.zoo import TEXT, WIDTH
 
@@ -45,6 +45,15 @@ def test_a_run_that_begins_in_the_middle_counts_the_steps_it_runs(pipe: Guided) 
     with accelerate(pipe, Schedule.parse(KINDS, 1)) as trace:
         pipe(steps=16, first=6)
     assert trace.kinds == KINDS
+
+
+def test_a_begin_that_is_told_twice_or_taken_back_is_one() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    clock = Clock(scheduler, 10)
+    assert clock.begin_at(4) and not clock.begin_at(4)
+    assert clock.num_steps == 6 and clock.index == 4
+    assert clock.begin_at(0) and clock.num_steps == 10
 
 
 class CopiesTimesteps(Guided):
